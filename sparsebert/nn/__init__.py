@@ -1,0 +1,34 @@
+"""Drop-in modules for ``nn.Linear`` with packed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparsebert.nn.nm_linear import NMLinear
+
+__all__ = ["MODULES", "NMLinear", "module_from_entry"]
+
+# format name in a plan or a layer map -> the module that holds it
+MODULES: dict[str, type[NMLinear]] = {"nm": NMLinear}
+
+
+def module_from_entry(
+    entry: dict[str, Any],
+    *,
+    name: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> NMLinear:
+    """An unfilled module for one entry of a checkpoint's layer map, ready for its neutral tensors to be loaded.
+
+    The entry is not trusted: ``ValueError`` naming the layer ``name`` where it does not describe a layer. ``dtype``
+    overrides the stored one. Build on ``meta`` to allocate nothing.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name}: layer map entry is {type(entry).__name__}, expected a JSON object")
+    kind = entry.get("format")
+    if kind not in MODULES:
+        raise ValueError(f"{name}: format is {kind!r}, expected one of {', '.join(MODULES)}")
+    return MODULES[kind].from_entry(entry, name=name, device=device, dtype=dtype)

@@ -1,0 +1,135 @@
+"""Which kernel runs a held layout: an ordered table of candidates an op, each able to say why it refuses.
+
+The first candidate that serves a problem runs. ``with sb.backend("triton"):`` or ``SPARSEBERT_BACKEND=triton`` forces
+one; where it cannot serve, that is an error and never a silent fallback. The variable is read when sparsebert is
+imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("cuda", "triton", "torch", "reference")
+ENVIRONMENT_VARIABLE = "SPARSEBERT_BACKEND"
+
+_environment = os.environ.get(ENVIRONMENT_VARIABLE) or None
+if _environment is not None and _environment not in BACKENDS:
+    raise ValueError(f"{ENVIRONMENT_VARIABLE} is {_environment!r}, expected one of {', '.join(BACKENDS)}")
+
+_forced: ContextVar[str | None] = ContextVar("sparsebert_backend", default=None)
+# Contexts open in any thread: lets a module know without a look-up that nobody forces anything.
+_open_contexts = 0
+
+
+class Problem(NamedTuple):
+    """All that a candidate may look at to accept or refuse one call. ``tokens`` counts rows of x."""
+
+    op: str
+    layout: str
+    device_type: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    n: int
+    m: int
+    in_features: int
+    out_features: int
+    tokens: int
+    activation: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run an op on one layout: ``supports`` gives None or the reason of a refusal."""
+
+    op: str
+    layout: str
+    backend: str
+    description: str
+    supports: Callable[[Problem], str | None]
+    run: Callable[..., torch.Tensor]
+
+
+_candidates: dict[tuple[str, str], list[Candidate]] = {}
+
+
+def add_candidate(candidate: Candidate) -> None:
+    """Adds a candidate; those of a layout stay in the order of ``BACKENDS``, hand-written kernels first."""
+    if candidate.backend not in BACKENDS:
+        raise ValueError(f"{candidate.op}: backend is {candidate.backend!r}, expected one of {', '.join(BACKENDS)}")
+    entries = _candidates.setdefault((candidate.op, candidate.layout), [])
+    entries.append(candidate)
+    entries.sort(key=lambda c: BACKENDS.index(c.backend))
+    _choose.cache_clear()
+
+
+def candidates(op: str, layout: str) -> tuple[Candidate, ...]:
+    return tuple(_candidates.get((op, layout), ()))
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces one backend (``cuda``, ``triton``, ``torch``, ``reference``) for the ops called in this context.
+
+    It wins over ``SPARSEBERT_BACKEND``. A call it cannot serve raises ``RuntimeError`` with the reason.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r} is unknown, expected one of {', '.join(BACKENDS)}")
+    global _open_contexts
+    token = _forced.set(name)
+    _open_contexts += 1
+    try:
+        yield
+    finally:
+        _open_contexts -= 1
+        _forced.reset(token)
+
+
+def forced_backend() -> str | None:
+    """The backend forced in this context, or by the environment, or None."""
+    return _forced.get() or _environment
+
+
+def may_be_forced() -> bool:
+    """False where certainly no backend is forced; cheap, and plain enough for torch.compile to guard on."""
+    return _open_contexts > 0 or _environment is not None
+
+
+def choose(problem: Problem) -> Candidate:
+    """The candidate that runs ``problem``; ``RuntimeError`` with every refusal where none does."""
+    return _choose(problem, forced_backend())
+
+
+@lru_cache(maxsize=16384)
+def _choose(problem: Problem, forced: str | None) -> Candidate:
+    refusals = []
+    for candidate, reason in review(problem):
+        if forced is not None and candidate.backend != forced:
+            continue
+        if reason is None:
+            return candidate
+        refusals.append(f"{candidate.backend}: {reason}")
+    if forced is not None and not refusals:
+        refusals = [f"{forced}: has no kernel for this layout"]
+    raise RuntimeError(
+        f"{problem.op}: no {'forced ' if forced else ''}backend serves layout {problem.layout!r} on "
+        f"{problem.device_type} ({'; '.join(refusals) or 'no candidates'})"
+    )
+
+
+def review(problem: Problem) -> list[tuple[Candidate, str | None]]:
+    """Every candidate of the problem's layout with None or the reason it refuses, best first."""
+    return [(c, c.supports(problem)) for c in candidates(problem.op, problem.layout)]
+
+
+@lru_cache(maxsize=64)
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """CUDA compute capability of ``device``; None for any other kind of device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
