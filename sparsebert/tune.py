@@ -71,11 +71,11 @@ def tune(
     model: nn.Module, tokens: Sequence[int], *, budget_s: float = 0.3, progress: Progress | None = None
 ) -> TuneReport:
     """Measures every layout of every distinct packed layer of ``model`` at each count of ``tokens`` on the layer's
-    device, records the times in the table of measurements, and holds each layer in the layout of least total time.
+    device, records the times in the table of measurements, and holds each layer in the layout that they favour.
 
     Layouts run in turns, so that a drift of the machine meets all alike; on a GPU inside CUDA graphs. ``tokens`` are
-    rows of x (batch times length); a measurement counts up to the next power of two. ``dense`` is kept where it beats
-    every packed layout by more than max(2 %, 3 MAD). ``budget_s`` bounds the time of one comparison.
+    rows of x (batch times length); a measurement counts up to the next power of two. ``dense`` is held where every
+    packed layout is slower at some count by more than max(2 %, 3 MAD). ``budget_s`` bounds the time of one comparison.
     ``progress(done, total, text)`` is called before each. ``ValueError`` where nothing is packed or a count is not
     positive.
     """

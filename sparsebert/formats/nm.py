@@ -105,7 +105,7 @@ def unpack(values: Tensor, positions: Tensor, n: int, m: int, in_features: int) 
     if values.is_meta:
         return torch.empty(out_features, in_features, dtype=values.dtype, device=values.device)
     kept = values.shape[1]
-    slots = _unpack_bits(positions, position_bits(m), kept).long().view(out_features, -1, n)
+    slots = _unpack_bits(positions, position_bits(m), kept).long().view(out_features, in_features // m, n)
     dense = torch.zeros(out_features, in_features // m, m, dtype=values.dtype, device=values.device)
     return dense.scatter_(-1, slots, values.reshape(slots.shape)).view(out_features, in_features)
 
@@ -145,7 +145,7 @@ def validate(
         if not torch.equal(_pack_bits(slots, bits), packed):
             row = start + _first((_pack_bits(slots, bits) != packed).any(-1))
             raise ValueError(f"{name}: positions has spare bits set at the end of row {row}, expected zeros")
-        groups = slots.view(slots.shape[0], -1, n)
+        groups = slots.view(slots.shape[0], in_features // m, n)
         if bad := (slots >= m).any(-1).nonzero().flatten()[:1].tolist():
             row = start + bad[0]
             raise ValueError(f"{name}: positions has {int(slots[bad[0]].max())} in row {row}, expected 0 to {m - 1}")
@@ -176,7 +176,7 @@ def _grouped(weight: Tensor, n: int, m: int, name: str) -> Tensor:
         raise TypeError(f"{name}: weight is {weight.dtype}, expected a floating-point tensor of 16, 32 or 64 bits")
     if weight.shape[1] % m:
         raise ValueError(f"{name}: in_features is {weight.shape[1]}, not divisible by {m} as {n}:{m} needs")
-    return weight.detach().reshape(weight.shape[0], -1, m)
+    return weight.detach().reshape(weight.shape[0], weight.shape[1] // m, m)
 
 
 def _refuse(groups: Tensor, n: int, m: int, name: str, first_row: int) -> None:
@@ -225,7 +225,7 @@ def _pack_bits(slots: Tensor, bits: int) -> Tensor:
     rows, k = slots.shape
     if spare := -k % per_byte:
         slots = torch.nn.functional.pad(slots, (0, spare))
-    parts = slots.reshape(rows, -1, per_byte)
+    parts = slots.reshape(rows, -(-k // per_byte), per_byte)
     packed = parts[..., 0].clone()
     for i in range(1, per_byte):
         packed |= parts[..., i] << (bits * i)

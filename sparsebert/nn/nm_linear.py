@@ -213,7 +213,9 @@ class NMLinear(nn.Module):
 
         ``ValueError`` naming the layer ``name`` and the tensor where they are not the packed form of a weight.
         """
-        self._validate(self.values, self.positions, name)
+        # Any other layout was built from tensors that were checked already.
+        if self.layout == "neutral":
+            self._validate(self.values, self.positions, name)
         self.prepare_(self.requested_layout)
 
     def memory_bytes(self) -> int:

@@ -162,32 +162,31 @@ def make_row(
 
 
 def fastest_layout(spec: Spec, dtype: torch.dtype, device: torch.device) -> Fastest | None:
-    """The layout of least total time over the token counts measured, or None where dense was not measured.
+    """The layout to hold by what was measured, or None where dense was not.
 
-    A packed layout within max(2 %, 3 MAD) of the best is preferred to ``dense``, being smaller.
+    A packed layout qualifies where, at every token count that dense was measured at, it is not slower by more than
+    max(2 %, 3 MAD). The quickest that qualifies is held; being smaller, it goes before dense within that margin.
     """
     by_layout: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows_for(spec, dtype, device):
         by_layout[row.layout][row.tokens] = row
-    dense = by_layout.get("dense")
+    dense = by_layout.pop("dense", None)
     if not dense:
         return None
-    totals = {
-        layout: sum(rows[t].median_us for t in dense)
-        for layout, rows in by_layout.items()
-        if rows.keys() >= dense.keys()
-    }
-    noise = max(TOLERANCE * totals["dense"], 3 * sum(row.mad_us for row in dense.values()))
-    winner = min(totals, key=lambda layout: (totals[layout] - (0 if layout == "dense" else noise), layout))
     at = ", ".join(str(t) for t in sorted(dense))
-    packed = {layout: total for layout, total in totals.items() if layout != "dense"}
-    if not packed:
-        return Fastest("dense", f"only dense was measured, at {at} tokens")
-    rival = min(packed, key=lambda layout: packed[layout]) if winner == "dense" else winner
-    return Fastest(
-        winner,
-        f"measured at {at} tokens: {rival} takes {totals[rival] / totals['dense']:.2f} of the time of dense",
-    )
+    rivals = {layout: rows for layout, rows in by_layout.items() if rows.keys() >= dense.keys()}
+    if not rivals:
+        return Fastest("dense", f"measured at {at} tokens: only dense")
+    slowest = {layout: max(_excess(rows[t], dense[t]) for t in dense) for layout, rows in rivals.items()}
+    layout = min(rivals, key=lambda name: (slowest[name] > 0, sum(rivals[name][t].median_us for t in dense)))
+    ratios = ", ".join(f"{rivals[layout][t].median_us / dense[t].median_us:.2f}" for t in sorted(dense))
+    reason = f"measured at {at} tokens: {layout} takes {ratios} of the time of dense"
+    return Fastest(layout if slowest[layout] <= 0 else "dense", reason)
+
+
+def _excess(row: Row, dense: Row) -> float:
+    """Microseconds by which a layout is slower than dense beyond the margin of noise; not positive where it is not."""
+    return row.median_us - dense.median_us - max(TOLERANCE * dense.median_us, 3 * dense.mad_us)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

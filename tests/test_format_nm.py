@@ -1,0 +1,245 @@
+"""The n:m format: one packed form for every weight, exact both ways, and nothing else accepted."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsebert.configs import GROUP_SIZES, NMConfig
+from sparsebert.formats import nm
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PATTERNS = [(n, m) for m in GROUP_SIZES for n in range(1, m)]
+
+
+@st.composite
+def sparse_weights(draw):
+    """A weight with at most n non-zeros a group, empty and partly filled groups among them."""
+    n, m = draw(st.sampled_from(PATTERNS))
+    rows, groups = draw(st.integers(0, 5)), draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    weight = torch.randn(rows, groups * m, generator=generator)
+    counts = torch.randint(0, n + 1, (rows, groups, 1), generator=generator)
+    order = torch.rand(rows, groups, m, generator=generator).argsort(-1)
+    weight = torch.where(order < counts, weight.view(rows, groups, m), 0.0).reshape(rows, groups * m)
+    return weight.to(draw(st.sampled_from(DTYPES))), n, m
+
+
+def naive_pack(weight, n, m):
+    """The format's definition, one group at a time."""
+    bits = 2 if m <= 4 else 4
+    all_values, all_positions = [], []
+    for row in weight.tolist():
+        values, slots = [], []
+        for start in range(0, len(row), m):
+            group = row[start : start + m]
+            used = [i for i, w in enumerate(group) if w != 0]
+            free = [i for i in range(m) if i not in used]
+            kept = sorted(used + free[: n - len(used)])
+            values += [group[i] for i in kept]
+            slots += kept
+        number = sum(slot << (bits * i) for i, slot in enumerate(slots))
+        all_values.append(values)
+        all_positions.append(list(number.to_bytes(-(-len(slots) * bits // 8), "little")))
+    width = weight.shape[1] // m * n
+    values = torch.tensor(all_values, dtype=weight.dtype).reshape(len(weight), width)
+    positions = torch.tensor(all_positions, dtype=torch.uint8).reshape(len(weight), -(-width * bits // 8))
+    return values, positions
+
+
+@settings(max_examples=150, deadline=None)
+@given(sparse_weights())
+def test_pack_is_the_definition_and_unpack_its_inverse(case):
+    weight, n, m = case
+    values, positions = nm.pack(weight, n, m)
+    expected_values, expected_positions = naive_pack(weight, n, m)
+    assert torch.equal(values, expected_values)
+    assert torch.equal(positions, expected_positions)
+    assert torch.equal(nm.unpack(values, positions, n, m, weight.shape[1]), weight)
+    nm.validate(values, positions, n, m, *weight.shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), PATTERNS, ids=lambda x: str(x))
+def test_every_pattern_round_trips(n, m, dtype):
+    weight = nm.project(torch.randn(7, 5 * m), n, m).to(dtype)
+    values, positions = nm.pack(weight, n, m)
+    assert values.dtype == dtype
+    assert torch.equal(nm.unpack(values, positions, n, m, 5 * m), weight)
+
+
+def test_blocks_of_rows_join_without_a_seam(monkeypatch):
+    monkeypatch.setattr(nm, "_BLOCK", 64)
+    weight = nm.project(torch.randn(37, 24), 2, 4)
+    values, positions = nm.pack(weight, 2, 4)
+    assert torch.equal(nm.unpack(values, positions, 2, 4, 24), weight)
+    nm.validate(values, positions, 2, 4, 37, 24)
+
+
+def test_keep_and_zero_conventions_differ():
+    """1:4 keeps one of four; a library where n counts the zeros would keep three."""
+    weight = torch.tensor([[1.0, -4.0, 3.0, 2.0]])
+    assert nm.project(weight, 1, 4).tolist() == [[0.0, -4.0, 0.0, 0.0]]
+    assert nm.project(weight, 3, 4).tolist() == [[0.0, -4.0, 3.0, 2.0]]
+
+
+def test_two_of_four_costs_nine_bits_a_weight():
+    weight = nm.project(torch.randn(64, 768), 2, 4).half()
+    packed = nm.pack(weight, 2, 4)
+    assert 8 * sum(t.nbytes for t in packed) == 9 * weight.numel()
+
+
+def test_nibbles_of_two_of_four():
+    rows = [[0, 0, 0, 0], [5, 0, 0, 0], [0, 5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 5], [1, 2, 0, 0], [0, 0, 1, 2]]
+    values, positions = nm.pack(torch.tensor(rows, dtype=torch.float32), 2, 4)
+    assert [f"{p:04b}" for p in positions.flatten().tolist()] == [
+        "0100",
+        "0100",
+        "0100",
+        "1000",
+        "1100",
+        "0100",
+        "1110",
+    ]
+    assert values.tolist()[4] == [0.0, 5.0]
+
+
+def test_negative_zero_is_zero():
+    values, positions = nm.pack(torch.tensor([[-0.0, -0.0, 3.0, -0.0]]), 2, 4)
+    assert not torch.signbit(values).any()
+    assert torch.equal(positions, nm.pack(torch.tensor([[0.0, 0.0, 3.0, 0.0]]), 2, 4)[1])
+
+
+def test_ties_keep_the_lower_position():
+    weight = torch.tensor([[1.0, -1.0, 1.0, 1.0]])
+    assert nm.magnitude_mask(weight, 2, 4).tolist() == [[True, True, False, False]]
+
+
+def test_projection_is_the_nearest():
+    weight = torch.randn(3, 8, dtype=torch.float64)
+    best = nm.project(weight, 2, 4)
+    for seed in range(50):
+        mask = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(seed)).argsort(-1) < 2
+        other = torch.where(mask.reshape(3, 8), weight, 0.0)
+        assert (weight - best).norm() <= (weight - other).norm()
+
+
+def test_meta_tensors_give_shapes():
+    values, positions = nm.pack(torch.empty(6, 24, device="meta", dtype=torch.float16), 2, 8)
+    assert (values.shape, values.dtype, values.is_meta) == ((6, 6), torch.float16, True)
+    assert (positions.shape, positions.is_meta) == ((6, 3), True)
+    assert nm.unpack(values, positions, 2, 8, 24).shape == (6, 24)
+    nm.validate(values, positions, 2, 8, 6, 24)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(2, 8), r"layer\.3: weight does not obey 2:4: row 0, columns 0 to 3 hold 4 non-zeros"),
+        (torch.tensor([[0.0, float("nan"), 0, 0]]), r"layer\.3: weight holds nan in row 0"),
+        (torch.tensor([[0.0, 0, 0, 0], [float("inf"), 0, 0, 0]]), r"layer\.3: weight holds inf in row 1"),
+        (torch.zeros(2, 6), r"layer\.3: in_features is 6, not divisible by 4"),
+        (torch.zeros(8), r"layer\.3: weight has 1 dimensions, expected 2"),
+    ],
+)
+def test_pack_refuses_with_layer_and_place(weight, message):
+    with pytest.raises(ValueError, match=message):
+        nm.pack(weight, 2, 4, name="layer.3")
+
+
+def test_pack_refuses_integers():
+    with pytest.raises(TypeError, match=r"weight is torch\.int32"):
+        nm.pack(torch.zeros(2, 4, dtype=torch.int32), 2, 4)
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (5, 4), (2, 3), (1, 32)])
+def test_unknown_patterns_are_refused(n, m):
+    with pytest.raises(ValueError, match="NMConfig"):
+        nm.pack(torch.zeros(4, 96), n, m)
+
+
+def packed_2_4():
+    generator = torch.Generator().manual_seed(0)
+    return nm.pack(nm.project(torch.randn(3, 12, generator=generator), 2, 4), 2, 4)
+
+
+def corrupt(values=None, positions=None):
+    good_values, good_positions = packed_2_4()
+    if values is not None:
+        values(good_values)
+    if positions is not None:
+        positions(good_positions)
+    return good_values, good_positions
+
+
+@pytest.mark.parametrize(
+    ("values", "positions", "message"),
+    [
+        (lambda v: v.__setitem__((1, 2), float("nan")), None, "values holds nan in row 1"),
+        (None, lambda p: p.__setitem__((2, 0), 0b0000_0100), "row 2, group 1 do not strictly ascend"),
+        (None, lambda p: p.__setitem__((0, 0), 0b0100_0001), "row 0, group 0 do not strictly ascend"),
+        (None, lambda p: p.__setitem__((1, 1), 0b1111_0100), "spare bits set at the end of row 1"),
+        (lambda v: v.__setitem__((0, 0), -0.0), None, r"holds -0\.0"),
+    ],
+)
+def test_validate_refuses(values, positions, message):
+    with pytest.raises(ValueError, match=rf"some\.layer: .*{message}"):
+        nm.validate(*corrupt(values, positions), 2, 4, 3, 12, name="some.layer")
+
+
+def test_validate_refuses_positions_out_of_range():
+    # 1:2 has two bits a position, so 2 and 3 can be written but do not exist.
+    values, positions = nm.pack(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), 1, 2)
+    positions[0, 0] = 0b0010
+    with pytest.raises(ValueError, match="positions has 2 in row 0, expected 0 to 1"):
+        nm.validate(values, positions, 1, 2, 1, 4)
+
+
+def test_validate_refuses_spare_slots_elsewhere():
+    values, positions = torch.tensor([[5.0, 0.0]]), torch.tensor([[0b1000]], dtype=torch.uint8)
+    with pytest.raises(ValueError, match="spare slots of row 0, group 0"):
+        nm.validate(values, positions, 2, 4, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "positions", "message"),
+    [
+        (torch.zeros(3, 5), torch.zeros(3, 2, dtype=torch.uint8), r"values has shape \(3, 5\), expected \(3, 6\)"),
+        (torch.zeros(3, 6), torch.zeros(3, 1, dtype=torch.uint8), r"positions has shape \(3, 1\), expected \(3, 2\)"),
+        (torch.zeros(3, 6), torch.zeros(3, 2, dtype=torch.int8), "positions is int8, expected uint8"),
+        (torch.zeros(3, 6, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.uint8), "values is int32"),
+    ],
+)
+def test_validate_refuses_shapes_and_dtypes(values, positions, message):
+    with pytest.raises(ValueError, match=message):
+        nm.validate(values, positions, 2, 4, 3, 12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(min_size=6, max_size=6), st.lists(st.sampled_from([0.0, 1.0, -2.0]), min_size=18, max_size=18))
+def test_what_validates_is_the_packed_form_of_its_weight(positions, values):
+    """No bytes pass that pack would not have written: nothing to read out of bounds, nothing ambiguous."""
+    values = torch.tensor(values).view(3, 6)
+    positions = torch.tensor(list(positions), dtype=torch.uint8).view(3, 2)
+    try:
+        nm.validate(values, positions, 2, 4, 3, 12)
+    except ValueError:
+        return
+    again = nm.pack(nm.unpack(values, positions, 2, 4, 12), 2, 4)
+    assert torch.equal(again[0], values) and torch.equal(again[1], positions)
+
+
+def test_config_round_trip_and_parsing():
+    from sparsebert.configs import config_from_dict
+
+    for n, m in PATTERNS:
+        assert config_from_dict(NMConfig(n, m).to_dict()) == NMConfig(n, m)
+    assert NMConfig.parse(" 2:8 ") == NMConfig(2, 8)
+    for text in ("2-4", "4", "2:4:8", "-1:4"):
+        with pytest.raises(ValueError, match="not an n:m pattern"):
+            NMConfig.parse(text)
+    for bad in ({"format": "nope"}, {"format": "nm", "n": 2}, {"format": "nm", "n": 2, "m": 4, "x": 1}):
+        with pytest.raises(ValueError, match="config: "):
+            config_from_dict(bad)
+    with pytest.raises(TypeError, match="n is 2.0, expected an int"):
+        NMConfig(2.0, 4)

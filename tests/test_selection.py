@@ -1,0 +1,188 @@
+"""Which kernel runs and which layout is held: forced, measured, or a stated default."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparsebert.ops import layout_choice, layouts, measurements, select
+from sparsebert.ops.layouts import Spec
+
+SPEC = Spec(2, 4, 768, 3072)
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def table(tmp_path, monkeypatch):
+    monkeypatch.setenv(measurements.ENVIRONMENT_VARIABLE, str(tmp_path))
+    return tmp_path / "measurements.json"
+
+
+def problem(layout="neutral", **change):
+    values = {
+        "op": "nm_linear",
+        "layout": layout,
+        "device_type": "cpu",
+        "capability": None,
+        "dtype": torch.float32,
+        **SPEC._asdict(),
+        "tokens": 128,
+        "activation": "none",
+    }
+    return select.Problem(**(values | change))
+
+
+def record(**times):
+    """Rows for layouts at token counts: ``dense={128: 10.0}``."""
+    measurements.record(
+        measurements.make_row(
+            SPEC, layout, tokens, torch.float32, CPU, median_us=us, mad_us=0.1, backend="reference"
+        )
+        for layout, by_tokens in times.items()
+        for tokens, us in by_tokens.items()
+    )
+
+
+def test_reference_serves_every_portable_layout():
+    for layout in ("neutral", "dense"):
+        assert select.choose(problem(layout)).backend == "reference"
+
+
+def test_refusals_are_reasons():
+    with pytest.raises(RuntimeError, match=r"layout 'cusparselt' on cpu \(torch: needs a CUDA device, not cpu\)"):
+        select.choose(problem("cusparselt"))
+    (candidate, reason), *_ = select.review(problem("cutlass"))
+    assert candidate.backend == "torch" and reason == "needs a CUDA device, not cpu"
+
+
+def test_hand_written_kernels_come_first(monkeypatch):
+    monkeypatch.setattr(select, "_candidates", {})
+    for backend, reason in (("reference", None), ("triton", None), ("cuda", "too small")):
+        select.add_candidate(
+            select.Candidate("nm_linear", "neutral", backend, backend, lambda p, reason=reason: reason, torch.add)
+        )
+    assert [c.backend for c in select.candidates("nm_linear", "neutral")] == ["cuda", "triton", "reference"]
+    assert select.choose(problem()).backend == "triton"
+    with select.backend("cuda"), pytest.raises(RuntimeError, match="no forced backend .*cuda: too small"):
+        select.choose(problem())
+    select._choose.cache_clear()
+
+
+def test_environment_forces_a_backend():
+    program = (
+        "import torch, sparsebert as sb\n"
+        "m = sb.nn.NMLinear(8, 4, 2, 4)\n"
+        "m.load_state_dict(sb.nn.NMLinear.from_linear(torch.nn.Linear(8, 4).requires_grad_(False).apply("
+        "lambda l: l.weight.zero_()), sb.NMConfig(2, 4)).state_dict())\n"
+        "m(torch.zeros(1, 8))\n"
+    )
+    for value, code, text in (("reference", 0, ""), ("triton", 1, "no forced backend serves"), ("x", 1, "'x'")):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "SPARSEBERT_BACKEND": value},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code and text in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "text"),
+    [
+        (Spec(2, 4, 768, 768), torch.float16, "needs a CUDA device"),
+        (Spec(2, 8, 768, 768), torch.float16, "needs a CUDA device"),
+    ],
+)
+def test_sparse_tensor_core_layouts_refuse_a_cpu(spec, dtype, text):
+    for name in ("cusparselt", "cutlass"):
+        assert text in layouts.get(name).supports(spec, dtype, CPU)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "capability", "text"),
+    [
+        (Spec(2, 8, 768, 768), torch.float16, (9, 0), "needs a 2:4 pattern, not 2:8"),
+        (Spec(2, 4, 768, 768), torch.float32, (9, 0), "needs float16 or bfloat16, not float32"),
+        (Spec(2, 4, 768, 768), torch.float16, (7, 5), "needs compute capability 8.0, found 7.5"),
+        (Spec(2, 4, 776, 768), torch.float16, (9, 0), "in multiples of"),
+    ],
+)
+def test_sparse_tensor_core_layouts_say_why(monkeypatch, spec, dtype, capability, text):
+    from sparsebert.ops import torch_sparse
+
+    monkeypatch.setattr(torch_sparse, "capability", lambda device: capability)
+    for name in ("cusparselt", "cutlass"):
+        assert text in layouts.get(name).supports(spec, dtype, CUDA)
+
+
+def test_cutlass_layout_gives_the_weight_back():
+    """torch's conversion runs on a CPU too; the neutral tensors must come back bit for bit."""
+    from sparsebert.formats import nm
+
+    for n, m in ((2, 4), (1, 4), (1, 2)):
+        spec = Spec(n, m, 128, 64)
+        dense = nm.project(torch.randn(64, 128), n, m).half()
+        dense[3] = 0
+        held = layouts.get("cutlass")
+        weight = held.from_dense(dense, spec)
+        held.check(weight, spec)
+        assert torch.equal(held.to_dense(weight, spec), dense)
+
+
+def test_defaults_say_that_nothing_was_measured():
+    choice = layout_choice.best(SPEC, torch.float32, CPU)
+    assert choice == ("dense", "default", "not measured here")
+    assert layout_choice.best(SPEC, torch.float32, torch.device("meta")).layout == "neutral"
+
+
+def test_packed_is_held_where_it_does_not_lose():
+    record(dense={128: 10.0, 2048: 100.0}, neutral={128: 8.0, 2048: 101.0})
+    choice = layout_choice.best(SPEC, torch.float32, CPU)
+    assert (choice.layout, choice.source) == ("neutral", "measured")
+    assert choice.reason == "measured at 128, 2048 tokens: neutral takes 0.80, 1.01 of the time of dense"
+
+
+def test_dense_is_held_where_packed_loses_at_any_count():
+    record(dense={128: 10.0, 2048: 100.0}, neutral={128: 11.0, 2048: 50.0})
+    choice = layout_choice.best(SPEC, torch.float32, CPU)
+    assert (choice.layout, choice.source) == ("dense", "measured")
+    assert "neutral takes 1.10, 0.50 of the time of dense" in choice.reason
+
+
+def test_a_layout_measured_at_fewer_counts_does_not_qualify():
+    record(dense={128: 10.0, 2048: 100.0}, neutral={128: 1.0})
+    assert layout_choice.best(SPEC, torch.float32, CPU).layout == "dense"
+
+
+def test_measurements_hold_for_their_key_alone():
+    record(dense={128: 10.0}, neutral={128: 1.0})
+    for spec, dtype in ((Spec(1, 4, 768, 3072), torch.float32), (Spec(2, 4, 768, 768), torch.float32)):
+        assert layout_choice.best(spec, dtype, CPU).source == "default"
+    assert layout_choice.best(SPEC, torch.float16, CPU).source == "default"
+
+
+def test_newer_rows_replace_older_ones(table):
+    record(dense={100: 10.0}, neutral={100: 9.0})
+    record(neutral={128: 20.0})
+    rows = json.loads(table.read_text())["rows"]
+    assert {(r["layout"], r["tokens"], r["median_us"], r["source"]) for r in rows} == {
+        ("dense", 128, 10.0, "measured"),
+        ("neutral", 128, 20.0, "measured"),
+    }
+    assert layout_choice.best(SPEC, torch.float32, CPU).layout == "dense"
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"version": 99, "rows": []}', '{"version": 1, "rows": [{"a": 1}]}'])
+def test_a_broken_table_is_an_error_that_names_the_file(table, text):
+    table.write_text(text)
+    with pytest.raises(ValueError, match=r"measurements\.json: not a table of measurements"):
+        measurements.load()
+
+
+@pytest.mark.parametrize(("tokens", "bucket"), [(1, 1), (2, 2), (3, 4), (128, 128), (129, 256)])
+def test_token_buckets(tokens, bucket):
+    assert measurements.token_bucket(tokens) == bucket
