@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sparsebert.swap import compress_ as compress_
     from sparsebert.swap import decompress_ as decompress_
     from sparsebert.swap import prepare_ as prepare_
-    from sparsebert.tune import tune as tune
+    from sparsebert.tuning import tune as tune
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,7 @@ _NAMES = {
     "prepare_": "sparsebert.swap",
     "size_report": "sparsebert.report",
     "explain": "sparsebert.report",
-    "tune": "sparsebert.tune",
+    "tune": "sparsebert.tuning",
     "load_pretrained": "sparsebert.hf.checkpoint",
     "save_pretrained": "sparsebert.hf.checkpoint",
 }

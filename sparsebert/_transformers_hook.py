@@ -1,9 +1,9 @@
 """Registers the quantizer plug-in with transformers without importing transformers.
 
-Without the registration, stock ``from_pretrained`` fills packed layers with random weights and only warns. So it has to
-happen in every order of imports: at once where ``transformers.quantizers.auto`` is loaded already, else right after that
-module has run, through a finder on ``sys.meta_path`` that knows this one name. The finder stays: a reload of the module
-builds its tables anew, and it costs one string comparison per import.
+Without the registration, stock ``from_pretrained`` fills packed layers with random weights and only warns. So it has
+to happen in every order of imports: at once where ``transformers.quantizers.auto`` is loaded already, else right after
+that module has run, through a finder on ``sys.meta_path`` that knows this one name. The finder stays: a reload of the
+module builds its tables anew, and it costs one string comparison per import.
 """
 
 from __future__ import annotations

@@ -148,9 +148,7 @@ def select(
     return chosen, skipped
 
 
-def _matches(
-    model: nn.Module, patterns: list[str], linears: Mapping[str, nn.Module], label: str
-) -> dict[str, str]:
+def _matches(model: nn.Module, patterns: list[str], linears: Mapping[str, nn.Module], label: str) -> dict[str, str]:
     """Path -> the first pattern that matches it; every pattern must match something."""
     found: dict[str, str] = {}
     for pattern in patterns:

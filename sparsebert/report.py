@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsebert.nn import MODULES, NMLinear
+from sparsebert.nn import NMLinear
 from sparsebert.ops import layout_choice, layouts, measurements, select
-from sparsebert.roles import FAMILIES, find_layers, model_type
-
-PACKED = tuple(MODULES.values())
+from sparsebert.roles import find_layers
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,11 @@ class SizeReport:
 
     def __str__(self) -> str:
         rows = [
-            [name, *(f"{value / 1e6:.2f} MB" for value in (size.dense, size.disk, size.memory)), _percent(size)]
+            [
+                name,
+                *(f"{value / 1e6:.2f} MB" for value in (size.dense, size.disk, size.memory)),
+                _percent(size),
+            ]
             for name, size in (("encoder linears", self.encoder), ("whole model", self.model))
         ]
         return table(["", "dense", "on disk", "in memory", "disk / dense"], rows)
@@ -154,11 +156,13 @@ def size_report(model: nn.Module) -> SizeReport:
         size = _own_bytes(module, seen)
         total += size
         role, index = places.get(path, (None, None))
-        if isinstance(module, PACKED) or role is not None:
-            encoder += size
-            packed = isinstance(module, NMLinear)
-            config = str(module.config) if packed else "dense"
-            layers.append(LayerSize(path, role, index, config, module.layout if packed else "dense", size))
+        if isinstance(module, NMLinear):
+            layers.append(LayerSize(path, role, index, str(module.config), module.layout, size))
+        elif role is not None:
+            layers.append(LayerSize(path, role, index, "dense", "dense", size))
+    for layer in layers:
+        if layer.role is not None or not places:
+            encoder += layer.bytes
     return SizeReport(encoder, total, tuple(layers))
 
 
@@ -215,10 +219,11 @@ def packed_layers(model: nn.Module) -> list[tuple[str, NMLinear]]:
 
 
 def role_of(model: nn.Module) -> dict[str, tuple[str, int]]:
-    """Path -> (role, encoder layer) where the family has a table of roles, else empty."""
-    if model_type(model) not in FAMILIES:
+    """Path -> (role, encoder layer) where every role of the model's family is found, else empty."""
+    try:
+        return {layer.path: (layer.role, layer.index) for layer in find_layers(model)}
+    except ValueError:
         return {}
-    return {layer.path: (layer.role, layer.index) for layer in find_layers(model)}
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -244,7 +249,10 @@ def _own_bytes(module: nn.Module, seen: set[int]) -> Bytes:
         seen.update(id(t) for t in (*module.buffers(), *module.parameters()))
         return Bytes(module.dense_bytes(), module.disk_bytes(), module.memory_bytes())
     size = Bytes(0, 0, 0)
-    for tensors, transient in ((module._parameters, set()), (module._buffers, module._non_persistent_buffers_set)):
+    for tensors, transient in (
+        (module._parameters, set()),
+        (module._buffers, module._non_persistent_buffers_set),
+    ):
         for name, tensor in tensors.items():
             if tensor is None or id(tensor) in seen:
                 continue

@@ -67,7 +67,7 @@ def find_layers(model: nn.Module) -> list[LayerRef]:
     kind = model_type(model)
     if kind not in FAMILIES:
         raise ValueError(
-            f"{type(model).__name__}: no table of roles for model_type {kind!r} (known: {', '.join(sorted(FAMILIES))}); "
+            f"{type(model).__name__}: no roles known for model_type {kind!r} (known: {', '.join(sorted(FAMILIES))}); "
             f"select layers by name pattern instead. Its linear layers: {summarize(linear_paths(model))}"
         )
     stem, suffixes = FAMILIES[kind]

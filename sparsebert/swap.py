@@ -63,13 +63,11 @@ def compress_(
     swap_in_(model, packed)
     _write_config(model)
     places = role_of(model)
-    layers = tuple(
-        CompressedLayer(
-            path, *places.get(path, (None, None)), str(module.config), module.layout, energy[path]
-        )
-        for path, module in packed.items()
-    )
-    return Report(layers, skipped, size_report(model))
+    layers = []
+    for path, module in packed.items():
+        role, index = places.get(path, (None, None))
+        layers.append(CompressedLayer(path, role, index, str(module.config), module.layout, energy[path]))
+    return Report(tuple(layers), skipped, size_report(model))
 
 
 @torch.no_grad()

@@ -204,8 +204,16 @@ def test_validate_refuses_spare_slots_elsewhere():
 @pytest.mark.parametrize(
     ("values", "positions", "message"),
     [
-        (torch.zeros(3, 5), torch.zeros(3, 2, dtype=torch.uint8), r"values has shape \(3, 5\), expected \(3, 6\)"),
-        (torch.zeros(3, 6), torch.zeros(3, 1, dtype=torch.uint8), r"positions has shape \(3, 1\), expected \(3, 2\)"),
+        (
+            torch.zeros(3, 5),
+            torch.zeros(3, 2, dtype=torch.uint8),
+            r"values has shape \(3, 5\), expected \(3, 6\)",
+        ),
+        (
+            torch.zeros(3, 6),
+            torch.zeros(3, 1, dtype=torch.uint8),
+            r"positions has shape \(3, 1\), expected \(3, 2\)",
+        ),
         (torch.zeros(3, 6), torch.zeros(3, 2, dtype=torch.int8), "positions is int8, expected uint8"),
         (torch.zeros(3, 6, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.uint8), "values is int32"),
     ],

@@ -82,7 +82,11 @@ def test_dtype_moves_go_through_the_neutral_format(layout):
     # Rounds to zero in float16: the slot moves to the lowest free position.
     linear.weight.data[0, :4] = torch.tensor([0.0, 0.0, 1e-9, 3.0])
     module = packed(linear, layout).half()
-    assert (module.dtype, module.bias.dtype, module.layout) == (torch.float16, torch.float16, "auto" and module.layout)
+    assert (module.dtype, module.bias.dtype, module.layout) == (
+        torch.float16,
+        torch.float16,
+        "auto" and module.layout,
+    )
     values, positions = module.neutral()
     nm.validate(values, positions, 2, 4, 12, 16)
     assert torch.equal(module.to_linear().weight, linear.weight.half())

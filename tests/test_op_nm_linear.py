@@ -33,7 +33,12 @@ def make(out_features, in_features, n=2, m=4, dtype=torch.float32, layout="neutr
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_numbers_against_float64(layout, activation, dtype):
     """At most twice the error of torch's dense op of the same dtype on the unpacked weight."""
-    for tokens, (n, m), bias in ((1, (2, 4), True), (7, (1, 4), False), (33, (3, 8), True), (127, (1, 16), True)):
+    for tokens, (n, m), bias in (
+        (1, (2, 4), True),
+        (7, (1, 4), False),
+        (33, (3, 8), True),
+        (127, (1, 16), True),
+    ):
         weight, b, kwargs, dense = make(100, 48, n, m, dtype, layout, bias)
         x = torch.randn(tokens, 48).to(dtype)
         y = nm_linear(x, weight, b, **kwargs, activation=activation)
@@ -152,7 +157,10 @@ def test_a_kernel_layout_is_not_cast_under_autocast(monkeypatch):
     )
     monkeypatch.setitem(layouts._layouts, "opaque", opaque)
     weight, b, kwargs, dense = make(6, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="no backend serves layout"):
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(RuntimeError, match="no backend serves layout"),
+    ):
         nm_linear(torch.randn(3, 8).bfloat16(), [dense], b, **{**kwargs, "layout": "opaque"})
     assert seen == [[torch.float32]]
 
@@ -165,7 +173,11 @@ GOOD = {"layout": "neutral", "n": 2, "m": 4, "in_features": 8, "out_features": 6
     [
         ({"x": torch.randn(3, 9)}, ValueError, r"x has shape \(3, 9\), expected \(\.\.\., 8\)"),
         ({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\), expected"),
-        ({"x": torch.randn(3, 8).half()}, TypeError, r"x is torch\.float16, expected torch\.float32 as weight_values"),
+        (
+            {"x": torch.randn(3, 8).half()},
+            TypeError,
+            r"x is torch\.float16, expected torch\.float32 as weight_values",
+        ),
         ({"bias": torch.randn(5)}, ValueError, r"bias has shape \(5,\), expected \(6,\)"),
         ({"bias": torch.randn(6).half()}, TypeError, r"bias is torch\.float16"),
         (
@@ -173,7 +185,11 @@ GOOD = {"layout": "neutral", "n": 2, "m": 4, "in_features": 8, "out_features": 6
             ValueError,
             r"weight_values has shape \(6, 5\), expected \(6, 4\) for in_features=8 at 2:4",
         ),
-        ({"positions": torch.zeros(6, 2, dtype=torch.uint8)}, ValueError, r"weight_positions has shape \(6, 2\)"),
+        (
+            {"positions": torch.zeros(6, 2, dtype=torch.uint8)},
+            ValueError,
+            r"weight_positions has shape \(6, 2\)",
+        ),
         ({"positions": torch.zeros(6, 1, dtype=torch.int8)}, TypeError, r"weight_positions is torch\.int8"),
         ({"activation": "swish"}, ValueError, "activation is 'swish', expected one of none, gelu"),
         ({"layout": "csr"}, ValueError, "layout is 'csr', expected one of neutral, dense"),
@@ -199,10 +215,16 @@ def test_backend_can_be_forced():
     x = torch.randn(3, 8)
     with sb.backend("reference"):
         assert torch.equal(nm_linear(x, weight, b, **kwargs), F.linear(x, dense, b))
-    with sb.backend("cuda"), pytest.raises(RuntimeError, match="no forced backend serves layout 'neutral' on cpu"):
+    with (
+        sb.backend("cuda"),
+        pytest.raises(RuntimeError, match="no forced backend serves layout 'neutral' on cpu"),
+    ):
         nm_linear(x, weight, b, **kwargs)
     nm_linear(x, weight, b, **kwargs)
-    with pytest.raises(ValueError, match="backend: 'rocm' is unknown, expected one of cuda"), sb.backend("rocm"):
+    with (
+        pytest.raises(ValueError, match="backend: 'rocm' is unknown, expected one of cuda"),
+        sb.backend("rocm"),
+    ):
         pass
 
 

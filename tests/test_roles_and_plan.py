@@ -32,7 +32,7 @@ def test_packed_layers_keep_their_roles():
 
 def test_unknown_families_are_told_what_there_is():
     model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="no table of roles for model_type None .*select layers by name pattern.*: 0"):
+    with pytest.raises(ValueError, match="no roles known for model_type None .*select layers by name pattern.*: 0"):
         find_layers(model)
 
 
@@ -136,7 +136,10 @@ def test_a_plan_is_verified():
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("bert.nowhere", "no such module; its linear layers: bert"), ("bert.embeddings", "is BertEmbeddings, expected")],
+    [
+        ("bert.nowhere", "no such module; its linear layers: bert"),
+        ("bert.embeddings", "is BertEmbeddings, expected"),
+    ],
 )
 def test_a_plan_for_another_model_is_refused(path, message):
     with pytest.raises(ValueError, match=f"{path}: .*{message}"):

@@ -39,9 +39,7 @@ def problem(layout="neutral", **change):
 def record(**times):
     """Rows for layouts at token counts: ``dense={128: 10.0}``."""
     measurements.record(
-        measurements.make_row(
-            SPEC, layout, tokens, torch.float32, CPU, median_us=us, mad_us=0.1, backend="reference"
-        )
+        measurements.make_row(SPEC, layout, tokens, torch.float32, CPU, median_us=us, mad_us=0.1, backend="reference")
         for layout, by_tokens in times.items()
         for tokens, us in by_tokens.items()
     )
@@ -80,7 +78,11 @@ def test_environment_forces_a_backend():
         "lambda l: l.weight.zero_()), sb.NMConfig(2, 4)).state_dict())\n"
         "m(torch.zeros(1, 8))\n"
     )
-    for value, code, text in (("reference", 0, ""), ("triton", 1, "no forced backend serves"), ("x", 1, "'x'")):
+    for value, code, text in (
+        ("reference", 0, ""),
+        ("triton", 1, "no forced backend serves"),
+        ("x", 1, "'x'"),
+    ):
         done = subprocess.run(
             [sys.executable, "-c", program],
             env={**os.environ, "SPARSEBERT_BACKEND": value},

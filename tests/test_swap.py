@@ -81,7 +81,11 @@ def test_a_plan_is_packed_as_it_is():
 @pytest.mark.parametrize(
     ("damage", "spec", "error"),
     [
-        (lambda layer: layer.weight.data[0, 0].fill_(float("nan")), CONFIG, "layer.1.output.dense: weight holds nan"),
+        (
+            lambda layer: layer.weight.data[0, 0].fill_(float("nan")),
+            CONFIG,
+            "layer.1.output.dense: weight holds nan",
+        ),
         (
             lambda layer: None,
             sb.CompressionPlan({"bert.encoder.layer.1.output.dense": CONFIG}),
@@ -109,7 +113,9 @@ def test_a_layout_that_is_not_possible_leaves_the_model_as_it_was():
         sb.compress_(model, CONFIG, layout="cusparselt")
     assert list(map(id, model.modules())) == modules
     sb.compress_(model, CONFIG, layout="neutral")
-    with pytest.raises(ValueError, match=r"bert.encoder.layer.0.attention.self.query: layout 'cutlass' is not possible"):
+    with pytest.raises(
+        ValueError, match=r"bert.encoder.layer.0.attention.self.query: layout 'cutlass' is not possible"
+    ):
         sb.prepare_(model, "cutlass")
     assert {m.layout for m in model.modules() if isinstance(m, NMLinear)} == {"neutral"}
 
@@ -183,6 +189,7 @@ def test_sizes_are_those_of_the_tensors():
 
 def test_tied_embeddings_are_counted_once():
     import transformers
+
     from tiny_models import SIZES
 
     model = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
@@ -238,3 +245,19 @@ def test_reports_are_json():
     report = sb.compress_(model, CONFIG)
     for value in (report.to_dict(), sb.size_report(model).to_dict(), sb.explain(model).to_dict()):
         assert json.loads(json.dumps(value)) == json.loads(json.dumps(value, sort_keys=True))
+
+
+def test_a_family_with_a_missing_role_can_be_compressed_by_pattern():
+    model = tiny_model()
+    del model.bert.encoder.layer[1].attention.self.key
+    report = sb.compress_(model, {"*.output.dense": CONFIG})
+    assert {layer.role for layer in report.layers} == {None}
+    assert report.size.encoder.disk < report.size.encoder.dense
+
+
+def test_a_packed_head_is_no_part_of_the_encoder():
+    model = tiny_model()
+    dense = sb.size_report(model)
+    sb.compress_(model, {"bert.pooler.dense": CONFIG})
+    assert sb.size_report(model).encoder == dense.encoder
+    assert sb.size_report(model).model.disk < dense.model.disk

@@ -1,8 +1,8 @@
 """Retrieval pairs made of the docstrings of the Python standard library.
 
-A docstring written to convention is a summary, a blank line and a body. The pair (summary, body) is a small retrieval
-task that needs no download: find each body by its summary. The text comes from the library of the running
-interpreter, read with ``ast`` and never imported, so counts differ a little between Python versions.
+A docstring written to convention is a summary, a blank line and a body. The pair (summary, body) is a small
+retrieval task that needs no download: find each body by its summary. The text comes from the library of the
+running interpreter, read with ``ast`` and never imported, so counts differ a little between Python versions.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ class Split:
 
 
 def split_docstring(text: str) -> tuple[str, str] | None:
-    """(summary, body) of a cleaned docstring, white space folded; None if it doesn't make a fair retrieval pair.
+    """(summary, body) of a cleaned docstring, white space folded; None if it doesn't make a fair retrieval
+    pair.
 
-    Refused: no body, a summary of fewer than 3 words or more than 3 lines, a body of fewer than 12 words, and a body
-    that repeats the summary word for word (it would be found by string search).
+    Refused: no body, a summary of fewer than 3 words or more than 3 lines, a body of fewer than 12 words, and
+    a body that repeats the summary word for word (it would be found by string search).
     """
     head, _, rest = text.strip().partition("\n\n")
     if len(head.splitlines()) > MAX_SUMMARY_LINES:
@@ -93,10 +94,12 @@ def docstrings_of(source: str, module: str) -> Iterator[tuple[str, str]]:
 def read_pairs(
     root: str | os.PathLike[str] | None = None, *, progress: Callable[[int, int], None] | None = None
 ) -> list[Pair]:
-    """All pairs under `root` (default: the running interpreter's standard library), in order of file and line.
+    """All pairs under `root` (default: the running interpreter's standard library), in order of file and
+    line.
 
-    The first of several pairs with the same summary or the same body is kept, so that each summary has one right
-    answer. Files that are not valid UTF-8 Python are passed over. `progress` is called with (files done, files).
+    The first of several pairs with the same summary or the same body is kept, so that each summary has one
+    right answer. Files that are not valid UTF-8 Python are passed over. `progress` is called with (files
+    done, files).
 
     Raises ValueError if `root` is not a folder of .py files.
     """
@@ -128,9 +131,11 @@ def read_pairs(
 
 
 def split_pairs(pairs: Sequence[Pair], *, held_out: int = HELD_OUT, minimum: int = MINIMUM_PAIRS) -> Split:
-    """Deterministic split: the `held_out` pairs of smallest text hash are for evaluation, the others for training.
+    """Deterministic split: the `held_out` pairs of smallest text hash are for evaluation, the others for
+    training.
 
-    The hash depends on the text alone, so a pair falls on the same side on (nearly) every Python version and machine.
+    The hash depends on the text alone, so a pair falls on the same side on (nearly) every Python version and
+    machine.
 
     Raises ValueError if there are fewer than `minimum` pairs, or no pair is left for training.
     """

@@ -16,13 +16,14 @@ UNKNOWN = "unknown"
 
 
 def environment(device: torch.device | str | None = None) -> dict[str, object]:
-    """What a reader needs to judge a measurement: software versions, the processor, the GPU if there is one, and the
-    commit of this package. Every value is JSON-able; what cannot be found is ``None`` (versions, GPU fields) or
-    ``"unknown"`` (commit, date).
+    """What a reader needs to judge a measurement: software versions, the processor, the GPU if there is one,
+    and the commit of this package. Every value is JSON-able; what cannot be found is ``None`` (versions, GPU
+    fields) or ``"unknown"`` (commit, date).
 
-    ``device`` selects the GPU described and defaults to the current one; a CPU device leaves the GPU fields ``None``
-    even where a GPU is present. ``SPARSEBERT_COMMIT`` and ``SPARSEBERT_DATE`` stand in for a git checkout where there
-    is none; ``dirty`` says whether the checkout had uncommitted changes (``None``: not known).
+    ``device`` selects the GPU described and defaults to the current one; a CPU device leaves the GPU fields
+    ``None`` even where a GPU is present. ``SPARSEBERT_COMMIT`` and ``SPARSEBERT_DATE`` stand in for a git
+    checkout where there is none; ``dirty`` says whether the checkout had uncommitted changes (``None``: not
+    known).
     """
     commit, date, dirty = _commit()
     record: dict[str, object] = {
@@ -91,7 +92,8 @@ def _commit() -> tuple[str, str, bool | None]:
         return commit, date or UNKNOWN, None
     root = Path(__file__).resolve().parents[2]
     top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
-    # An installed copy may sit in a virtual environment inside somebody else's checkout: that commit is not ours.
+    # An installed copy may sit in a virtual environment inside somebody else's checkout: that commit is not
+    # ours.
     if not top or Path(top).resolve() != root:
         return UNKNOWN, date or UNKNOWN, None
     found = _output("git", "-C", str(root), "rev-parse", "HEAD")
@@ -112,7 +114,8 @@ def _output(*command: str) -> str | None:
 
 
 def _version(package: str) -> str | None:
-    # Read from the installed metadata: importing triton or transformers only to learn this would cost seconds.
+    # Read from the installed metadata: importing triton or transformers only to learn this would cost
+    # seconds.
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -122,7 +125,7 @@ def _version(package: str) -> str | None:
 def _package_version() -> str | None:
     try:
         from sparsebert import __version__
-    except ImportError:
+    except Exception:  # this file also serves alone, to record where the package itself would not import
         return _version("sparsebert")
     return str(__version__)
 

@@ -1,7 +1,8 @@
 """Sentence embeddings and the retrieval measures taken from them.
 
-Embedding: the mean of the last hidden states over the tokens the attention mask keeps, scaled to length one, as the
-sentence-transformers models are meant to be used. A query's answer is the document at the same position.
+Embedding: the mean of the last hidden states over the tokens the attention mask keeps, scaled to length one,
+as the sentence-transformers models are meant to be used. A query's answer is the document at the same
+position.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class RetrievalScore:
 
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """e = v / |v| with v = sum_t m_t h_t / sum_t m_t: (batch, tokens, width), (batch, tokens) -> (batch, width)."""
+    """e = v / |v| with v = sum_t m_t h_t / sum_t m_t: (batch, tokens, width), (batch, tokens) -> (batch,
+    width).
+    """
     if hidden.dim() != 3 or attention_mask.shape != hidden.shape[:2]:
         raise ValueError(
             f"mean_pool: attention_mask has shape {tuple(attention_mask.shape)}, expected the first two of hidden's "
@@ -41,8 +44,8 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 def ranks(queries: Tensor, documents: Tensor) -> Tensor:
     """Rank of document i among all documents for query i, from 1; (n, width), (n, width) -> int64 (n).
 
-    rank_i = 1 + number of j != i with <q_i, d_j> >= <q_i, d_i>: a tie counts against the model, so that embeddings
-    that are all the same score nothing.
+    rank_i = 1 + number of j != i with <q_i, d_j> >= <q_i, d_i>: a tie counts against the model, so that
+    embeddings that are all the same score nothing.
     """
     if queries.dim() != 2 or queries.shape != documents.shape or not len(queries):
         raise ValueError(
@@ -116,8 +119,8 @@ def embed(
 ) -> Tensor:
     """Embeddings of all texts in their own order, (len(texts), width) on the CPU.
 
-    The batches depend only on the texts and `batch_size`, so two processes with the same weights and kernels get the
-    same bits. `progress` is called with (texts done, texts).
+    The batches depend only on the texts and `batch_size`, so two processes with the same weights and kernels
+    get the same bits. `progress` is called with (texts done, texts).
     """
     if not len(texts):
         raise ValueError("embed: there are no texts, expected at least one")

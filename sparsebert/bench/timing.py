@@ -1,16 +1,18 @@
 """Time calls on a CPU or a CUDA device so that two numbers can be compared.
 
-A *sample* is the mean time of one call over a stretch long enough for the clock to resolve; a :class:`Timing` is the
-median and spread of many samples. Three ways of taking one, named in ``Timing.mode``:
+A *sample* is the mean time of one call over a stretch long enough for the clock to resolve; a :class:`Timing`
+is the median and spread of many samples. Three ways of taking one, named in ``Timing.mode``:
 
-``cpu-wall``     a host clock around the call;
-``cuda-events``  device events around the call as Python issues it, so a call that is too short for Python shows
-                 what Python costs: this is "eager" time;
-``cuda-graph``   device events around the replay of a CUDA graph that holds the calls, so launch costs are mostly gone.
+- ``cpu-wall``: a host clock around the call;
+- ``cuda-events``: device events around the call as Python issues it, so that a call too short for Python
+  shows what Python costs: this is "eager" time;
+- ``cuda-graph``: device events around the replay of a CUDA graph that holds the calls, so that launch costs
+  are mostly gone.
 
-Where a function takes "a call" it also takes a *sequence* of calls that differ only in the memory they read: one turn
-runs them all, one after the other, and the time reported is that of one call. With enough copies of a weight
-(:func:`rotation_count`) every call then finds its weight outside the L2 cache, as a layer of a real model does.
+Where a function takes "a call" it also takes a *sequence* of calls that differ only in the memory they read:
+one turn runs them all, one after the other, and the time reported is that of one call. With enough copies of
+a weight (:func:`rotation_count`) every call then finds its weight outside the L2 cache, as a layer of a real
+model does.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ __all__ = ["Timing", "capture", "l2_bytes", "measure", "measure_together", "rota
 Call = Callable[[], object]
 Clock = Callable[[], float]
 
-# The shortest stretch worth one sample, in seconds: a host clock resolves tens of nanoseconds, a device event about
-# half a microsecond, and both cost something to read.
+# The shortest stretch worth one sample, in seconds: a host clock resolves tens of nanoseconds, a device event
+# about half a microsecond, and both cost something to read.
 _SHORTEST_SAMPLE_S = {"cpu-wall": 50e-6, "cuda-events": 500e-6, "cuda-graph": 500e-6}
 # Samples queued on a device before the host waits for them: enough that the device never runs dry in between.
 _MOST_QUEUED_ROUNDS = 16
@@ -38,8 +40,9 @@ _MOST_REPEATS = 10_000
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call: the median of ``repeats`` samples, their 20th and 80th percentile, and ``mad_us``,
-    the median distance from the median. ``mode`` is ``cpu-wall``, ``cuda-events`` or ``cuda-graph``."""
+    """Microseconds of one call: the median of ``repeats`` samples, their 20th and 80th percentile, and
+    ``mad_us``, the median distance from the median. ``mode`` is ``cpu-wall``, ``cuda-events`` or
+    ``cuda-graph``."""
 
     median_us: float
     p20_us: float
@@ -85,8 +88,8 @@ def l2_bytes(device: torch.device | str) -> int:
 def rotation_count(bytes_per_copy: int, l2_bytes: int, *, cover: float = 2.0, most: int = 256) -> int:
     """How many copies of a weight to rotate among so that each is out of the cache when its turn comes again.
 
-    ``ceil(cover * l2_bytes / bytes_per_copy)``, at least 1 and at most ``most``. ``cover`` is above 1 because a
-    replacement policy that is not strictly least-recently-used keeps some lines longer than one pass.
+    ``ceil(cover * l2_bytes / bytes_per_copy)``, at least 1 and at most ``most``. ``cover`` is above 1 because
+    a replacement policy that is not strictly least-recently-used keeps some lines longer than one pass.
     """
     if bytes_per_copy <= 0:
         raise ValueError(f"rotation_count: bytes_per_copy is {bytes_per_copy}, expected a positive size")
@@ -101,16 +104,16 @@ def rotation_count(bytes_per_copy: int, l2_bytes: int, *, cover: float = 2.0, mo
 def capture(calls: Call | Sequence[Call], device: torch.device | str) -> Call:
     """Record ``calls``, in order, in one CUDA graph and return the function that replays it.
 
-    What the calls return is dropped and its memory reused by the next, as in a model that runs layer after layer.
-    Raises what the capture raises when a call cannot be captured (one that synchronises, say).
+    What the calls return is dropped and its memory reused by the next, as in a model that runs layer after
+    layer. Raises what the capture raises when a call cannot be captured (one that synchronises, say).
     """
     device = torch.device(device)
     if device.type != "cuda":
         raise ValueError(f"capture: device is {device}, expected a CUDA device")
     queue = _as_calls(calls)
     with torch.cuda.device(device):
-        # Libraries set up handles and workspaces on first use, per stream, and may not do so inside a capture: run
-        # everything once on the stream that captures.
+        # Libraries set up handles and workspaces on first use, per stream, and may not do so inside a
+        # capture: run everything once on the stream that captures.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -160,10 +163,11 @@ def measure_together(
 ) -> dict[str, Timing]:
     """Time several calls in turns, A B A B ..., so that a drift of the machine touches all of them alike.
 
-    ``budget_s`` is the wall time for the samples of all of them together; ``min_repeats`` samples each are taken
-    even if that needs longer. ``warmup`` turns run first (fewer where they alone outlast the budget, but one at
-    least), outside the budget. ``graph`` replays CUDA graphs instead of calling. ``clock`` (seconds) stands in for
-    ``time.perf_counter``: it decides when the budget is spent, and on a CPU it is also what times the samples.
+    ``budget_s`` is the wall time for the samples of all of them together; ``min_repeats`` samples each are
+    taken even if that needs longer. ``warmup`` turns run first (fewer where they alone outlast the budget,
+    but one at least), outside the budget. ``graph`` replays CUDA graphs instead of calling. ``clock``
+    (seconds) stands in for ``time.perf_counter``: it decides when the budget is spent, and on a CPU it is
+    also what times the samples.
     """
     device = torch.device(device)
     if not fns:
@@ -194,9 +198,7 @@ def measure_together(
     samples: list[list[float]] = [[] for _ in turns]
     queued = 1 if device.type == "cpu" else max(1, min(_MOST_QUEUED_ROUNDS, int(budget_s / 4 / round_s)))
     started = clock()
-    while len(samples[0]) < min_repeats or (
-        clock() - started < budget_s and len(samples[0]) < _MOST_REPEATS
-    ):
+    while len(samples[0]) < min_repeats or (clock() - started < budget_s and len(samples[0]) < _MOST_REPEATS):
         for round_seconds in timer.rounds(turns, queued):
             for kept, turn, seconds in zip(samples, turns, round_seconds, strict=True):
                 kept.append(seconds / (turn.repeat * turn.calls) * 1e6)
@@ -261,10 +263,11 @@ class _EventTimer:
         torch.cuda.synchronize(self.device)
 
     def rounds(self, turns: Sequence[_Turn], count: int) -> Iterator[list[float]]:
-        """Yield, ``count`` times, the seconds of each turn's sample; all of them are queued before the first wait."""
+        """Yield, ``count`` times, the seconds of each turn's sample; all of them are queued before the first
+        wait."""
         with torch.cuda.device(self.device):
-            # An idle device would start its first sample before the work behind it has been launched, and count
-            # that launch: one turn unmeasured keeps it busy meanwhile.
+            # An idle device would start its first sample before the work behind it has been launched, and
+            # count that launch: one turn unmeasured keeps it busy meanwhile.
             turns[0].run()
             marks = []
             for _ in range(count):

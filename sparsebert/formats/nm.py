@@ -111,7 +111,14 @@ def unpack(values: Tensor, positions: Tensor, n: int, m: int, in_features: int) 
 
 
 def validate(
-    values: Tensor, positions: Tensor, n: int, m: int, out_features: int, in_features: int, *, name: str = "nm"
+    values: Tensor,
+    positions: Tensor,
+    n: int,
+    m: int,
+    out_features: int,
+    in_features: int,
+    *,
+    name: str = "nm",
 ) -> None:
     """``ValueError`` naming ``name``, the tensor, expected and actual unless this is the packed form of some weight.
 

@@ -16,6 +16,8 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import TrainingArguments
 
+from sparsebert.methods import Run
+
 logger = logging.getLogger(__name__)
 
 _NAME = "compression_state"
@@ -26,7 +28,7 @@ _MAX_JSON_BYTES = 64 << 20
 
 
 class CompressionCallback(TrainerCallback):
-    """Puts ``run`` (what ``method.prepare(...)`` gives) into a Trainer: ``Trainer(..., callbacks=[CompressionCallback(run)])``.
+    """Puts ``run``, which ``method.prepare(...)`` gives, into a ``Trainer(..., callbacks=[CompressionCallback(run)])``.
 
     The run is attached to the Trainer's optimizer once that exists, so it sees the clipped, accumulated gradients of
     each optimizer step. Every Trainer checkpoint also gets the run's state (``compression_state.safetensors`` and
@@ -37,10 +39,9 @@ class CompressionCallback(TrainerCallback):
     A term that the method adds to the loss (``run.loss``) is not added here: a callback cannot reach the loss.
     """
 
-    def __init__(self, run: Any, *, resume_from: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, run: Run, *, resume_from: str | os.PathLike[str] | None = None) -> None:
         self.run = run
         self.resume_from = resume_from
-        self._attached: torch.optim.Optimizer | None = None
 
     def on_train_begin(
         self,
@@ -52,21 +53,16 @@ class CompressionCallback(TrainerCallback):
     ) -> None:
         if state.global_step:
             self.run.load_state_dict(load_run_state(self._resumed_folder(args, state)))
-        # accelerate wraps the optimizer; its own steps, and so its hooks, are those of the one inside.
-        while (inner := getattr(optimizer, "optimizer", None)) is not None:
-            optimizer = inner
         if optimizer is None:
             raise ValueError("CompressionCallback: the Trainer has no optimizer when training begins")
-        if optimizer is not self._attached:
-            self.run.attach(optimizer)
-            self._attached = optimizer
+        # A second train() comes with another wrapper or another optimizer.
+        self.run.detach()
+        self.run.attach(optimizer)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if not folder.is_dir():
             logger.warning("%s is not there; this checkpoint cannot resume the compression", folder)
             return
@@ -74,13 +70,13 @@ class CompressionCallback(TrainerCallback):
 
     def _resumed_folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        candidates = [self.resume_from, args.resume_from_checkpoint, Path(args.output_dir) / name]
+        candidates = [self.resume_from, args.resume_from_checkpoint, Path(str(args.output_dir)) / name]
         for folder in (Path(c) for c in candidates if isinstance(c, str | os.PathLike)):
             if (folder / f"{_NAME}.json").is_file() and _same_training(folder, state):
                 return folder
         raise ValueError(
-            f"CompressionCallback: training resumes at step {state.global_step}, but no {_NAME}.json of it was found in "
-            f"{', '.join(str(c) for c in candidates if c)}; pass resume_from="
+            f"CompressionCallback: training resumes at step {state.global_step}, but no {_NAME}.json of it was found "
+            f"in {', '.join(str(c) for c in candidates if c)}; pass resume_from="
         )
 
 

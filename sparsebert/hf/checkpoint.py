@@ -92,7 +92,8 @@ def save_pretrained(
         raise ValueError(f"save_pretrained: {folder} is a file, expected a folder")
     # The model may have been cast or swapped since compress_ wrote the map.
     model.config.quantization_config = quantization_config(model)
-    model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+    sharding: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    model.save_pretrained(folder, **sharding)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     card = folder / "README.md"
@@ -111,7 +112,7 @@ def _read_config(path: str) -> dict[str, Any]:
     elif os.path.exists(path) or os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
         raise ValueError(f"{path}: there is no such folder")
     else:
-        file = cached_file(path, "config.json")
+        file = str(cached_file(path, "config.json"))
     config = _read_json(file)
     described = config.get("quantization_config")
     if described is None:
@@ -163,7 +164,8 @@ def _model_class(config: dict[str, Any], path: str) -> type[Any]:
 def _check_index(folder: Path) -> None:
     """A shard index may name files of its own folder only."""
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    # Beside an unsharded file an index is a leftover that nobody reads.
+    if not index.is_file() or (folder / "model.safetensors").is_file():
         return
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):

@@ -97,7 +97,9 @@ def _what(layers: dict[str, dict]) -> list[str]:
     kinds: dict[str, Counter[str]] = {}
     for entry in layers.values():
         pattern = f" {entry['n']}:{entry['m']}" if entry["format"] == "nm" else ""
-        kinds.setdefault(f"`{entry['format']}`{pattern}, {entry['dtype']}", Counter())[entry.get("role") or "other"] += 1
+        kinds.setdefault(f"`{entry['format']}`{pattern}, {entry['dtype']}", Counter())[
+            entry.get("role") or "other"
+        ] += 1
     return [
         f"{kind}: {', '.join(f'{count} {role}' for role, count in sorted(roles.items()))}"
         for kind, roles in sorted(kinds.items())

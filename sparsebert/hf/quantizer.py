@@ -54,6 +54,11 @@ class SparsebertConfig(QuantizationConfigMixin):
                 raise ValueError(f"quantization_config: {path!r} is not a module path")
             if not isinstance(entry, dict):
                 raise ValueError(f"{path}: layer map entry is {type(entry).__name__}, expected a JSON object")
+            for key, kind in (("role", str), ("index", int)):
+                if entry.get(key) is not None and type(entry[key]) is not kind:
+                    raise ValueError(
+                        f"{path}: layer map gives {key} as {entry[key]!r}, expected {kind.__name__} or null"
+                    )
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers takes any string of a plug-in
         self.format_version = format_version
         self.layers = layers
@@ -73,9 +78,12 @@ class SparsebertHfQuantizer(HfQuantizer):
             )
         # Own path -> the dtype the model wants; tensors are loaded in the dtype they are stored in.
         self._wanted: dict[str, torch.dtype] = {}
+        self._shapes: dict[str, torch.Size] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        places = {str(place).partition(":")[0] for place in device_map.values()} if isinstance(device_map, dict) else set()
+        places = (
+            {str(place).partition(":")[0] for place in device_map.values()} if isinstance(device_map, dict) else set()
+        )
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
                 "sparsebert: this device_map offloads layers to the CPU or disk, expected all layers to stay on devices"
@@ -105,10 +113,18 @@ class SparsebertHfQuantizer(HfQuantizer):
                 _check_stored(packed, own if f"{own}.values" in stored else path, stored)
             modules[own], layers[own], self._wanted[own] = packed, entry, wanted
         swap_in_(model, modules)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         # Saved again from here, the map has to name this model's own paths.
         self.quantization_config = SparsebertConfig(layers=layers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        # transformers before 5.23 takes tensors of any shape into a quantized model.
+        for name, tensor in model.state_dict().items():
+            if tensor.shape != self._shapes[name]:
+                raise ValueError(
+                    f"{name}: of another shape in the checkpoint, {tuple(tensor.shape)}, "
+                    f"expected {tuple(self._shapes[name])}"
+                )
         for path, wanted in self._wanted.items():
             module = model.get_submodule(path)
             module.finish_loading(path)  # type: ignore[operator]
@@ -116,6 +132,9 @@ class SparsebertHfQuantizer(HfQuantizer):
                 module.to(wanted)
             except ValueError as error:
                 raise ValueError(f"{path}: cannot be held in {wanted}: {error}") from error
+            entry = self.quantization_config.layers[path]
+            place = {"role": entry.get("role"), "index": entry.get("index")}
+            self.quantization_config.layers[path] = {**place, **module.layer_entry()}  # type: ignore[operator]
         if not (getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)):
             # transformers before 5.23 leaves every tensor of a quantized model whose name gained or lost the base
             # model's prefix in its stored dtype.
@@ -133,13 +152,18 @@ class SparsebertHfQuantizer(HfQuantizer):
         decompress_(model)
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
-        return model if dtype is None or dtype == model.dtype else model.to(dtype)
+        return model if dtype is None or dtype == model.dtype else model.to(dtype)  # type: ignore[arg-type]
 
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        # Without this the Trainer refuses to train heads, norms and biases beside packed weights.
         return True
 
     @property

@@ -87,10 +87,10 @@ class Run(ABC):
         device = next(self.model.parameters()).device
         return torch.zeros((), device=device)
 
-    def before_step(self) -> None:
+    def before_step(self) -> None:  # noqa: B027 (a hook that few methods need)
         """Hook: gradients are accumulated and clipped, weights are old."""
 
-    def after_step(self) -> None:
+    def after_step(self) -> None:  # noqa: B027 (a hook that few methods need)
         """Hook: weights are new, gradients still there; ``self.step`` counts this step."""
 
     @abstractmethod

@@ -91,7 +91,7 @@ class NMLinear(nn.Module):
         """The dense ``nn.Linear`` with the same weight; shares the bias."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype)
         linear.weight = nn.Parameter(layouts.get(self.layout).to_dense(self._weight(), self.spec()))
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
     @classmethod
@@ -258,9 +258,7 @@ class NMLinear(nn.Module):
         self.layout = new
 
     def _validate(self, values: Tensor, positions: Tensor, name: str) -> None:
-        nm.validate(
-            values, positions, self.config.n, self.config.m, self.out_features, self.in_features, name=name
-        )
+        nm.validate(values, positions, self.config.n, self.config.m, self.out_features, self.in_features, name=name)
 
     # What nn.Module does with tensors, kept true for a module that holds something else than it saves
 

@@ -5,6 +5,6 @@
 
 from __future__ import annotations
 
-from sparsebert.ops.nm_linear import nm_linear, register
+from sparsebert.ops.nm import nm_linear, register
 
 __all__ = ["nm_linear", "register"]

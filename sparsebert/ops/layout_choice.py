@@ -27,7 +27,9 @@ def resolve(layout: str, spec: Spec, dtype: torch.dtype, device: torch.device) -
     if layout == "auto":
         return best(spec, dtype, device).layout
     if reason := refusal(layout, spec, dtype, device):
-        raise ValueError(f"layout {layout!r} is not possible for {spec.out_features} x {spec.in_features} here: {reason}")
+        raise ValueError(
+            f"layout {layout!r} is not possible for {spec.out_features} x {spec.in_features} here: {reason}"
+        )
     return layout
 
 

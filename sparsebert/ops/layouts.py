@@ -99,7 +99,7 @@ add(
         supports=lambda spec, dtype, device: None,
         check=_check_neutral,
         from_dense=lambda dense, spec: list(nm.pack(dense, spec.n, spec.m)),
-        to_dense=lambda weight, spec: nm.unpack(*weight, spec.n, spec.m, spec.in_features),
+        to_dense=lambda weight, spec: nm.unpack(weight[0], weight[1], spec.n, spec.m, spec.in_features),
     )
 )
 add(

@@ -26,7 +26,9 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _TOKEN_MULTIPLE = 8
 
 
-def _refusal(spec: Spec, dtype: torch.dtype, device: torch.device, row_multiple: int, column_multiple: int) -> str | None:
+def _refusal(
+    spec: Spec, dtype: torch.dtype, device: torch.device, row_multiple: int, column_multiple: int
+) -> str | None:
     if device.type != "cuda":
         return f"needs a CUDA device, not {device.type}"
     if (spec.n, spec.m) not in _PATTERNS:
@@ -54,7 +56,9 @@ def _cutlass_refusal(spec: Spec, dtype: torch.dtype, device: torch.device) -> st
         return reason
     found = capability(device)
     # torch compiles these kernels for sm_80 and refuses other major versions when called.
-    return None if found is not None and found[0] == 8 else f"torch's kernels serve compute capability 8.x, found {found}"
+    return (
+        None if found is not None and found[0] == 8 else f"torch's kernels serve compute capability 8.x, found {found}"
+    )
 
 
 def _padded(x: Tensor) -> tuple[Tensor, int]:
@@ -104,7 +108,9 @@ def _check_cutlass(weight: list[Tensor], spec: Spec) -> None:
     layouts.check_tensor(weight[0], "packed", (spec.out_features, spec.in_features // 2), spec)
 
 
-def _supports(refusal: Callable[[Spec, torch.dtype, torch.device], str | None]) -> Callable[[Problem], str | None]:
+def _supports(
+    refusal: Callable[[Spec, torch.dtype, torch.device], str | None],
+) -> Callable[[Problem], str | None]:
     def supports(problem: Problem) -> str | None:
         spec = Spec(problem.n, problem.m, problem.in_features, problem.out_features)
         return refusal(spec, problem.dtype, torch.device(problem.device_type))
@@ -137,7 +143,12 @@ layouts.add(
 
 CANDIDATES = (
     Candidate(
-        "nm_linear", "cusparselt", "torch", "cuSPARSELt through torch", _supports(_cusparselt_refusal), _cusparselt
+        "nm_linear",
+        "cusparselt",
+        "torch",
+        "cuSPARSELt through torch",
+        _supports(_cusparselt_refusal),
+        _cusparselt,
     ),
     Candidate("nm_linear", "cutlass", "torch", "CUTLASS through torch", _supports(_cutlass_refusal), _cutlass),
 )

@@ -29,9 +29,7 @@ SCHEMA = (
     "nm_linear(Tensor x, Tensor[] weight, Tensor? bias, *, str layout, int n, int m, int in_features, "
     'int out_features, str activation="none") -> Tensor'
 )
-UNPACK_SCHEMA = (
-    "nm_unpack(Tensor[] weight, *, str layout, int n, int m, int in_features, int out_features) -> Tensor"
-)
+UNPACK_SCHEMA = "nm_unpack(Tensor[] weight, *, str layout, int n, int m, int in_features, int out_features) -> Tensor"
 
 
 def nm_linear(
@@ -142,15 +140,11 @@ def _fake(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _unpack(
-    weight: list[Tensor], *, layout: str, n: int, m: int, in_features: int, out_features: int
-) -> Tensor:
+def _unpack(weight: list[Tensor], *, layout: str, n: int, m: int, in_features: int, out_features: int) -> Tensor:
     return layouts.get(layout).to_dense(weight, layouts.Spec(n, m, in_features, out_features))
 
 
-def _unpack_fake(
-    weight: list[Tensor], *, layout: str, n: int, m: int, in_features: int, out_features: int
-) -> Tensor:
+def _unpack_fake(weight: list[Tensor], *, layout: str, n: int, m: int, in_features: int, out_features: int) -> Tensor:
     return weight[0].new_empty((out_features, in_features))
 
 
@@ -215,9 +209,7 @@ def register() -> torch.library.Library:
     library.impl("nm_unpack", _unpack, "CompositeExplicitAutograd")
     torch.library.register_fake("sparsebert::nm_linear", _fake, lib=library)
     torch.library.register_fake("sparsebert::nm_unpack", _unpack_fake, lib=library)
-    torch.library.register_autograd(
-        "sparsebert::nm_linear", _backward, setup_context=_setup_context, lib=library
-    )
+    torch.library.register_autograd("sparsebert::nm_linear", _backward, setup_context=_setup_context, lib=library)
     for device_type in ("cpu", "cuda"):
         library.impl("nm_linear", _autocast(device_type), f"Autocast{device_type.upper()}")
 

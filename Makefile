@@ -1,0 +1,63 @@
+# `make demo` and `make test` are all that a fresh machine needs: each makes its own .venv first.
+
+PYTHON ?= python3
+# More options for pip, such as PIP_ARGS="--index-url https://mirror.example/simple"
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := demo,dev
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
+
+# Runs on any Python since 2.7, so that an old one gets this line and not a syntax error.
+CHECK_PYTHON := import sys; v = sys.version_info; \
+	sys.exit(0 if (3, 11) <= v[:2] < (3, 14) else \
+	"sparsebert needs Python 3.11, 3.12 or 3.13, but %s is %d.%d: name another one, as in make PYTHON=python3.12" \
+	" (and remove .venv if there is one)" % (sys.executable, v[0], v[1]))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test slow lint types gpu-check install clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## compress a real model, save, reload, compare: ends in one table (about 5 minutes)
+	$(BIN)/sparsebert demo $(DEMO_ARGS)
+
+test: $(STAMP) ## the tests that need no GPU (under 5 minutes)
+	$(BIN)/python -m pytest -q -m "not gpu and not slow" $(PYTEST_ARGS)
+
+slow: $(STAMP) ## the tests that `make test` leaves out for time: builds and installs the package
+	$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+# No environment of its own and no pip: it runs on GPU machines without a network. It reads BUDGET_S, OUT and DRY,
+# which make passes on whether they come from its command line or from the environment.
+gpu-check: ## GPU tests and baselines with $(PYTHON) as it is; DRY=1 walks the steps without a GPU
+	$(PYTHON) benchmarks/gpu_check.py
+
+install: $(STAMP) ## only the environment
+
+clean: ## removes builds and caches, keeps .venv
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Written last, so a failed install leaves none and the next run tries again. setuptools comes first, pinned, because
+# the package is built with what is in the environment: pip would fetch the newest one for a build of its own.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@rm -f $@
+	@test -x $(BIN)/python || command -v $(PYTHON) >/dev/null || \
+		{ echo "no $(PYTHON) here: name a Python 3.11 to 3.13, as in make PYTHON=/usr/bin/python3.12" >&2; exit 1; }
+	@if test -x $(BIN)/python; then $(BIN)/python -c '$(CHECK_PYTHON)'; else $(PYTHON) -c '$(CHECK_PYTHON)'; fi
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools wheel
+	$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,274 @@
+"""The commands of ``sparsebert`` and their options. Each hands over to a module of its own, loaded when it runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from sparsebert.cli.common import Rendered, Report, execute, output
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="sparsebert",
+    help="Compress fine-tuned BERT-like encoders, and measure what it costs and gains.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or a model id of the hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="cpu|cuda", help="Where to run; the GPU by default where there is one."),
+]
+
+
+def _parsed(parse: Callable[[str], T], text: str, option: str) -> T:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=f"'{option}'") from None
+
+
+def _one_of(names: tuple[str, ...], text: str | None, option: str) -> None:
+    if text is not None and text not in names:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(names)}", param_hint=f"'{option}'")
+
+
+def _device(text: str | None) -> str | None:
+    if text is not None and re.fullmatch(r"cpu|cuda(:\d+)?", text) is None:
+        raise typer.BadParameter(f"{text!r} is not a device; it is cpu, cuda or cuda:1", param_hint="'--device'")
+    return text
+
+
+def _run(
+    context: typer.Context,
+    work: Callable[[Report], dict[str, Any]],
+    render: Callable[[dict[str, Any]], Rendered],
+    as_json: bool,
+) -> None:
+    execute(work, render, as_json=as_json, debug=bool(context.obj))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from sparsebert import __version__
+
+        typer.echo(f"sparsebert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    context.obj = debug
+
+
+@app.command()
+def compress(
+    context: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to save to, new or empty.")],
+    pattern: Annotated[
+        str | None,
+        typer.Option(metavar="N:M", help="Pattern for all encoder linears: 2:4 keeps 2 of every 4 weights."),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHICH=N:M|dense",
+            help="Another pattern, or none, for a role (query, key, value, attention_output, intermediate, output), a "
+            "layer's path or a glob over paths. Repeatable.",
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Path or glob to leave dense. Repeatable.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="float32|float16|bfloat16", help="Save in this dtype; by default as it was stored."),
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="How packed weights are held for the report of memory; the file is the same.")
+    ] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace a saved model that is in OUT.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Prune a dense model to n:m in one shot, by magnitude, pack it and save it.
+
+    One-shot pruning costs accuracy; `sparsebert eval OUT --compare MODEL ...` tells how much.
+    """
+    from sparsebert.cli import compress as command
+    from sparsebert.configs import NMConfig
+
+    config = None if pattern is None else _parsed(NMConfig.parse, pattern, "--pattern")
+    layers = [_parsed(command.parse_layer, text, "--layer") for text in layer or ()]
+    if config is None and not layers:
+        raise typer.BadParameter("give --pattern, such as 2:4, or --layer", param_hint="'--pattern'")
+    _one_of(command.DTYPES, dtype, "--dtype")
+    _device(device)
+    _run(
+        context,
+        lambda report: command.compress(
+            model,
+            out,
+            pattern=config,
+            layers=layers,
+            ignore=ignore or (),
+            dtype=dtype,
+            layout=layout,
+            device=device,
+            force=force,
+            report=report,
+        ),
+        command.render,
+        as_json,
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    context: typer.Context,
+    model: Model,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=".tsv (split on tabs, no quoting) or .csv, UTF-8, with a header line."),
+    ] = None,
+    stdlib: Annotated[
+        bool,
+        typer.Option("--stdlib", help="Instead of a file: find 500 docstrings of Python's library by their summary."),
+    ] = False,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="classification|retrieval",
+            help="Classification: accuracy, F1, Matthews correlation. Retrieval: MRR@10 and recall@1 of finding the "
+            "second text by the first. By default classification, with --stdlib retrieval.",
+        ),
+    ] = None,
+    text_columns: Annotated[
+        str | None, typer.Option(metavar="A,B", help="By default sentence1, and sentence2 where there is one.")
+    ] = None,
+    label_column: Annotated[str, typer.Option(metavar="NAME")] = "label",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=3, help="Cut texts at this many tokens; by default the model's limit (--stdlib: 128)."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="A second model, measured on the same rows.")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model, dense or compressed: its quality on a whole data set, and its latency."""
+    from sparsebert.cli import evaluate as command
+
+    if (data is None) != stdlib:
+        raise typer.BadParameter("give either --data FILE or --stdlib", param_hint="'--data'")
+    task = task or ("retrieval" if stdlib else "classification")
+    _one_of(command.TASKS, task, "--task")
+    if stdlib and task != "retrieval":
+        raise typer.BadParameter("--stdlib has no labels, its task is retrieval", param_hint="'--task'")
+    _device(device)
+    _run(
+        context,
+        lambda report: command.evaluate(
+            model,
+            data=data,
+            task=task,
+            text_columns=None if text_columns is None else [name.strip() for name in text_columns.split(",")],
+            label_column=label_column,
+            batch_size=batch_size,
+            max_length=max_length,
+            limit=limit,
+            compare=compare,
+            device=device,
+            report=report,
+        ),
+        command.render,
+        as_json,
+    )
+
+
+@app.command()
+def info(
+    context: typer.Context,
+    path: Annotated[str | None, typer.Argument(help="Folder of a checkpoint; without it, this machine.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint holds, read without loading it, or what this machine can run."""
+    from sparsebert.cli import info as command
+
+    if path is None:
+        _run(context, lambda report: command.machine(), command.render_machine, as_json)
+    else:
+        _run(context, lambda report: command.inspect(path), command.render, as_json)
+
+
+@app.command()
+def tune(
+    context: typer.Context,
+    model: Model,
+    tokens: Annotated[
+        str,
+        typer.Option(metavar="N,N", help="Token counts (batch times length) to measure at, such as 128,4096."),
+    ],
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a packed model's layers here, so that each is held in the layout that is fastest."""
+    from sparsebert.cli import tune as command
+
+    counts = _parsed(command.parse_tokens, tokens, "--tokens")
+    _device(device)
+    _run(
+        context,
+        lambda report: command.tune(model, counts, device=device, report=report),
+        command.render,
+        as_json,
+    )
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write; by default demo-output.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Distillation steps; by default as many as take about two minutes on two cores."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the training batches.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Take a real model through everything on the CPU: prune, recover, pack, save, reload, compare."""
+    # Made here: while a command works, what is printed goes to stderr.
+    console = output(to_stderr=as_json)
+
+    def work(report: Report) -> dict[str, Any]:
+        from sparsebert.cli import demo as command
+
+        return command.run_demo(
+            out=out or command.DEFAULT_OUT,
+            steps=steps or command.DEFAULT_STEPS,
+            seed=seed,
+            console=console,
+            quiet=False,
+        )
+
+    # It prints its table itself, on the way.
+    _run(context, work, lambda result: (), as_json)

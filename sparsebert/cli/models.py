@@ -1,0 +1,214 @@
+"""Checkpoints as the commands take them, a folder or a model id of the hub, dense or packed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsebert.cli.common import few
+from sparsebert.swap import QUANT_METHOD
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# A config.json takes tens of kilobytes.
+MAX_JSON_BYTES = 8 << 20
+# At least one of these belongs to every tokenizer that transformers saves.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint by its config.json, before any tensor is read. ``folder`` is None for a model of the hub."""
+
+    name: str
+    config: dict[str, Any]
+    folder: Path | None
+
+    @property
+    def packing(self) -> dict[str, Any] | None:
+        """The layer map and what stands beside it, or whatever else quantized the model; None where it is dense."""
+        found = self.config.get("quantization_config")
+        if found is None:
+            return None
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.name}: quantization_config is {type(found).__name__}, expected a JSON object")
+        return found
+
+    @property
+    def packed(self) -> bool:
+        """Whether sparsebert compressed it; ``ValueError`` where something else did."""
+        if self.packing is None:
+            return False
+        if (method := self.packing.get("quant_method")) != QUANT_METHOD:
+            raise ValueError(f"{self.name}: is compressed by {method!r}, expected a dense model or {QUANT_METHOD!r}")
+        return True
+
+    @property
+    def architecture(self) -> str | None:
+        names = self.config.get("architectures")
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode. ``untrained``: its tensors that the checkpoint lacks, filled at random; ``dropped``:
+    tensors of the checkpoint that it has no place for."""
+
+    model: PreTrainedModel
+    untrained: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of bounded size; ``ValueError`` naming the file for anything else."""
+    size = file.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{file}: {size} bytes, expected at most {MAX_JSON_BYTES}")
+    try:
+        data = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not readable as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file}: holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+def find_folder(name: str) -> Source:
+    """The checkpoint in the folder ``name``."""
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        raise ValueError(f"{name}: there is no such folder")
+    if not folder.is_dir():
+        raise ValueError(f"{name}: is a file, expected the folder of a checkpoint")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{name}: there is no config.json in it, so it is no checkpoint of transformers")
+    return Source(name, _checked(read_json(file), name), folder)
+
+
+def find(name: str) -> Source:
+    """The checkpoint in the folder ``name``, else the model of that id on the hub."""
+    path = Path(name).expanduser()
+    if path.exists() or not re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", name):
+        return find_folder(name)
+    from transformers.utils import cached_file
+
+    try:
+        with quiet_transformers():
+            file = Path(str(cached_file(name, "config.json")))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name}: there is no such folder, and the hub did not give it: {reason}") from None
+    return Source(name, _checked(read_json(file), name), None)
+
+
+def load(source: Source, *, device: torch.device, dtype: torch.dtype | None = None) -> Loaded:
+    """The model of ``source``; ``dtype`` None keeps the stored one. No code of the checkpoint is run, no pickle read.
+
+    A packed one is loaded strictly. Of a dense one the class is the one that config.json names, else ``AutoModel``.
+    """
+    if source.packed:
+        import sparsebert
+
+        with quiet_transformers():
+            return Loaded(sparsebert.load_pretrained(_location(source), device=device, dtype=dtype))
+    cls = _model_class(source.architecture)
+    try:
+        with quiet_transformers():
+            model, info = cls.from_pretrained(
+                _location(source),
+                dtype="auto" if dtype is None else dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise ValueError(
+            f"{source.name}: holds no safetensors file, and pickled weights are not read; load it with transformers "
+            f"and save it again"
+        ) from None
+    untrained, dropped = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if untrained and len(untrained) == len(model.state_dict()):
+        raise ValueError(f"{source.name}: no tensor of the checkpoint fits {type(model).__name__} ({few(dropped)})")
+    return Loaded(model.eval().to(device), tuple(untrained), tuple(dropped))
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside the model, None where there is none."""
+    if source.folder is not None and not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(_location(source), trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        if source.folder is None and isinstance(error, OSError):
+            return None
+        raise ValueError(f"{source.name}: its tokenizer cannot be loaded: {error}") from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars, retries, tables of missing tensors or advice from transformers and the hub inside."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
+    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
+
+
+def _location(source: Source) -> str:
+    return source.name if source.folder is None else os.fspath(source.folder)
+
+
+def _checked(config: dict[str, Any], name: str) -> dict[str, Any]:
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+        # transformers reads such a name as a repository whose code it downloads and runs.
+        if "/" in json.dumps(config.get(key)):
+            raise ValueError(f"{name}: {key} names code of another repository ({config[key]!r}), which is refused")
+    return config
+
+
+def _model_class(architecture: str | None) -> Any:
+    import transformers
+
+    cls = None
+    if architecture is not None and architecture.isidentifier():
+        try:
+            cls = getattr(transformers, architecture, None)
+        except (ImportError, RuntimeError):
+            cls = None
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    return cls if known else transformers.AutoModel
