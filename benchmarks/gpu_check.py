@@ -732,6 +732,8 @@ def child(names: Sequence[str], settings: Settings, journal: Journal, until: flo
         return NO_DEVICE
     device = torch.device("cpu") if settings.dry else torch.device("cuda", torch.cuda.current_device())
     torch.set_grad_enabled(False)
+    if settings.dry:
+        torch.set_num_threads(1)  # toy sizes: more threads only wait for each other
     context = Context(settings, journal, until, device)
     context.done = set(journal.marks("end"))
     context.banned = set(journal.marks("ban"))

@@ -222,3 +222,14 @@ def test_unknown_layouts_are_refused():
 def test_repr_says_what_it_is():
     text = repr(packed(linear_2_4()))
     assert text == "NMLinear(in_features=16, out_features=12, bias=True, pattern=2:4, layout=neutral)"
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (2, 8)])
+def test_to_empty_then_load(n, m):
+    source = packed(linear_2_4(n=n, m=m), "neutral", n, m)
+    module = NMLinear(16, 12, n, m, device="meta").to_empty(device="cpu")
+    assert module.layout == "neutral"
+    module.load_state_dict(source.state_dict())
+    x = torch.randn(3, 16)
+    assert module.layout == "dense" and torch.equal(module(x), source(x))
+    assert module.to("meta").layout == "neutral"

@@ -266,13 +266,14 @@ class NMLinear(nn.Module):
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if probe.dtype == self.dtype and probe.device == self.device:
             return super()._apply(fn, recurse)
-        same_dtype = probe.dtype == self.dtype
         with torch.no_grad():
             self._to_neutral()
-            if not same_dtype and not self.values.is_meta:
+            # What comes from meta is still to be filled, so no layout can be built from it.
+            unfilled = self.values.is_meta
+            if probe.dtype != self.dtype and not unfilled:
                 self._cast(probe.dtype)
         super()._apply(fn, recurse)
-        if self.device.type != "meta":
+        if not unfilled and probe.device.type != "meta":
             self.prepare_("auto" if self.layout_refusal(self.requested_layout) else self.requested_layout)
         return self
 
