@@ -32,6 +32,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -61,6 +62,9 @@ REQUIRED_RECOVERY = 0.5
 
 EVALUATION_LENGTH, EVALUATION_BATCH = 128, 32
 LATENCY_SHAPES = ((1, 32), (8, 64))
+LATENCY_BUDGET_S = 4.0
+# Where nothing can be redrawn, a line of progress this often, in seconds.
+REPORT_EVERY_S = 20.0
 
 Tick = Callable[[int, int], None]
 
@@ -99,7 +103,11 @@ class Recipe:
 
 @dataclass
 class Steps:
-    """Shows progress of one step at a time and keeps how long each took."""
+    """Shows progress of one step at a time and keeps how long each took.
+
+    On a terminal a bar that goes away and one line that stays; elsewhere lines only, so that a log shows what is waited
+    for.
+    """
 
     console: Console
     quiet: bool
@@ -108,8 +116,9 @@ class Steps:
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
         started = time.perf_counter()
-        if not (self.quiet or self.console.is_terminal):
-            # Where nothing can be redrawn, say at least what is being waited for.
+        live = self.console.is_terminal and not self.quiet
+        lines = not (live or self.quiet)
+        if lines:
             self.console.print(f"{name} ...", highlight=False)
         columns = (
             SpinnerColumn("line"),
@@ -119,27 +128,29 @@ class Steps:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        bar = Progress(
-            *columns, console=self.console, transient=True, disable=self.quiet or not self.console.is_terminal
-        )
-        with bar:
-            step = Step(bar, bar.add_task(name, total=None), name)
+        with Progress(*columns, console=self.console, transient=True, disable=not live) as bar:
+            step = Step(bar, bar.add_task(name, total=None), self.console if lines else None, started)
             yield step
         self.seconds[name] = time.perf_counter() - started
         if not self.quiet:
-            outcome = f": {step.outcome}" if step.outcome else ""
-            self.console.print(f"{name}{outcome} [dim]({self.seconds[name]:.1f} s)[/dim]", highlight=False)
+            start = "  " if lines else f"{name}: "
+            outcome = f"{step.outcome}, " if step.outcome else ""
+            self.console.print(f"{start}{outcome}{self.seconds[name]:.1f} s", highlight=False, soft_wrap=True)
 
 
 @dataclass
 class Step:
     bar: Progress
-    task: Any
-    name: str
+    task: TaskID
+    lines: Console | None
+    reported: float
     outcome: str = ""
 
     def tick(self, done: int, total: int) -> None:
         self.bar.update(self.task, completed=done, total=total)
+        if self.lines is not None and time.perf_counter() - self.reported > REPORT_EVERY_S:
+            self.reported = time.perf_counter()
+            self.lines.print(f"  {done} of {total}", highlight=False)
 
 
 @dataclass(frozen=True)
@@ -443,7 +454,7 @@ def measure_latency(candidates: dict[str, Any], progress: Steps) -> dict[tuple[i
                     model(**inputs)
 
             calls = {name: (lambda model=model: forward(model)) for name, model in candidates.items()}
-            timings[batch, tokens] = measure_together(calls, device="cpu", budget_s=4.0)
+            timings[batch, tokens] = measure_together(calls, device="cpu", budget_s=LATENCY_BUDGET_S)
     return timings
 
 
@@ -499,15 +510,16 @@ def render(result: dict[str, Any]) -> Group:
         table.add_row(f"latency {shape['batch']} x {shape['tokens']} tokens", times[0], "same", "same", *times[1:])
     equal = "equal bit for bit to" if result["bitwise_equal"] else "NOT equal to"
     share = result["recovered_share"]
+    percent = "nothing" if share is None else f"{100 * share:.0f} %"
+    ran = result["ran"]
     lines = [
-        f"What ran: dense, one-shot, recovered: {result['ran']['dense']}; packed, reloaded: {result['ran']['packed']}; "
-        f"packed, neutral: {result['ran']['neutral']}.",
+        f"What ran where: all on {latency['device']}. Dense, one-shot, recovered: {ran['dense']}. "
+        f"Packed, reloaded: {ran['packed']}. Packed, neutral: {ran['neutral']}.",
         f"The model reloaded in a fresh process gives embeddings {equal} the recovered model's.",
-        f"Distillation ({result['recipe']['steps']} steps) recovered "
-        f"{'nothing to recover' if share is None else f'{100 * share:.0f} %'} of the MRR that one-shot pruning lost.",
-        f"2:4 brings no speed on a CPU: {_ratios(latency)}. There is no 2:4 arithmetic on this device: "
-        "the layout 'dense' unpacks once and keeps a dense copy in memory, 'neutral' keeps the packed weights and "
-        "unpacks in every call.",
+        f"One-shot pruning lost {quality['dense']['mrr_at_10'] - quality['one_shot']['mrr_at_10']:.4f} of MRR@10; "
+        f"{result['recipe']['steps']} steps of distillation recovered {percent} of that.",
+        f"2:4 brings no speed on a CPU: {_ratios(latency)}. A CPU has no 2:4 arithmetic: the layout dense unpacks once "
+        "and holds a dense copy in memory, neutral holds the packed weights and unpacks them in every call.",
     ]
     return Group(table, *(Text(line) for line in lines))
 
@@ -528,10 +540,11 @@ def draw(result: dict[str, Any], file: Path) -> None:
     }
     bars = left.bar(list(names.values()), [quality[name]["mrr_at_10"] for name in names], color=_COLOURS[0])
     left.bar_label(bars, fmt="%.3f")
+    left.margins(y=0.1)
     left.set_ylabel("MRR@10")
     left.set_title(f"retrieval, {result['task']['held_out']} held-out pairs")
 
-    groups = ("dense", "packed,\nheld dense", "packed,\nneutral")
+    groups = ("dense", "packed,\nreloaded", "packed,\nneutral")
     keys = ("dense", "packed", "neutral")
     for i, (part, key, label) in enumerate(
         (
@@ -556,6 +569,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
         label = f"{shape['batch']} x {shape['tokens']} tokens"
         right.bar_label(right.bar(places, values, 0.4, label=label, color=_COLOURS[i]), fmt="%.1f", fontsize=8)
     right.set_xticks(range(3), groups)
+    right.margins(y=0.1)
     right.set_ylabel("ms a forward pass (median)")
     right.set_title("latency: 2:4 brings no speed on a CPU")
     right.legend(fontsize=8)
@@ -577,11 +591,10 @@ def _megabytes(count: int) -> str:
 def _ratios(latency: dict[str, Any]) -> str:
     parts = []
     for shape in latency["shapes"]:
-        dense = shape["dense"]["median_us"]
+        loaded, neutral = (shape[name]["median_us"] / shape["dense"]["median_us"] for name in ("packed", "neutral"))
         parts.append(
-            f"at {shape['batch']} x {shape['tokens']} tokens the packed model takes "
-            f"{shape['packed']['median_us'] / dense:.2f}x the dense model's time held as a dense copy, "
-            f"{shape['neutral']['median_us'] / dense:.2f}x held neutral"
+            f"at {shape['batch']} x {shape['tokens']} tokens the packed model takes {loaded:.2f}x the time of the "
+            f"dense one as it is loaded, and {neutral:.2f}x held neutral"
         )
     return "; ".join(parts)
 

@@ -127,6 +127,7 @@ def evaluate(
         "rows": len(rows),
         "batch_size": batch_size,
         "device": device_label(where),
+        "on_gpu": where.type == "cuda",
         "models": described,
     }
     first, other = outcomes[0].predictions, outcomes[-1].predictions
@@ -150,10 +151,12 @@ def render(result: dict[str, Any]) -> Rendered:
         if len(values) == 2:
             cells.append("-" if None in values else f"{values[0] - values[1]:+.4f}")
         rows.append([_NAMES[key], *cells])
-    times = [entry["latency"]["median_us"] / 1e3 for entry in entries]
-    cells = [f"{time:,.2f} ms" for time in times]
-    if len(times) == 2:
-        cells.append(f"{times[0] / times[1]:.2f}x the time")
+    latencies = [entry["latency"] for entry in entries]
+    cells = [f"{latency['median_us'] / 1e3:,.2f} ms" for latency in latencies]
+    if len(latencies) == 2:
+        first, other = (latency["median_us"] for latency in latencies)
+        noise = 3 * sum(latency["mad_us"] for latency in latencies)
+        cells.append(f"{first / other:.2f}x the time{', within noise' if abs(first - other) <= noise else ''}")
     rows.append(["latency a batch", *cells])
     # The first row of a two-model table has no difference.
     yield table(header, [row + [""] * (len(header) - len(row)) for row in rows])
@@ -168,6 +171,8 @@ def render(result: dict[str, Any]) -> Rendered:
             f"Latency: median of {latency['repeats']} forward passes of {shape} tokens on {result['device']} "
             f"({latency['mode']}, not compiled)."
         )
+    if not result["on_gpu"] and any(entry["compressed"] for entry in entries):
+        yield "On a CPU packed layers compute with the unpacked weight: 2:4 makes a model smaller there, not faster."
 
 
 def _rows(

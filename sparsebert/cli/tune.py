@@ -65,10 +65,10 @@ def render(result: dict[str, Any]) -> Rendered:
         groups[layout, result["reasons"][path]].append(path)
     for (layout, reason), paths in groups.items():
         yield f"{len(paths)} layers held as {layout}: {reason}"
-        yield f"    {few(paths)}"
+        yield f"    {few(paths, 2)}"
     yield f"written to {result['table_file']}; models loaded on this device from now on choose by it"
     if not result["on_gpu"]:
         yield (
-            "These are this CPU's figures. They say nothing about a GPU: on a CPU no kernel of 2:4 is faster than the "
-            "dense one, so dense is what to expect here."
+            "These are this CPU's figures and say nothing about a GPU. sparsebert has no 2:4 kernel for CPUs, so dense, the "
+            "unpacked weight, is what to expect here."
         )

@@ -118,7 +118,7 @@ class SparsebertHfQuantizer(HfQuantizer):
         self.quantization_config = SparsebertConfig(layers=layers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        # transformers before 5.23 takes tensors of any shape into a quantized model.
+        # transformers 5.17 takes tensors of any shape into a quantized model.
         for name, tensor in model.state_dict().items():
             if tensor.shape != self._shapes[name]:
                 raise ValueError(
@@ -136,7 +136,7 @@ class SparsebertHfQuantizer(HfQuantizer):
             place = {"role": entry.get("role"), "index": entry.get("index")}
             self.quantization_config.layers[path] = {**place, **module.layer_entry()}  # type: ignore[operator]
         if not (getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)):
-            # transformers before 5.23 leaves every tensor of a quantized model whose name gained or lost the base
+            # transformers 5.17 leaves every tensor of a quantized model whose name gained or lost the base
             # model's prefix in its stored dtype.
             main = next(iter(self._wanted.values()))
             for parameter in model.parameters():

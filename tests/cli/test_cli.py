@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -127,19 +128,26 @@ def copy(source: Path, target: Path) -> Path:
 # The program itself
 
 
-def test_it_runs_as_a_module_and_loads_nothing_before_it_must(run_python):
-    done = run_python(
+def test_it_runs_as_a_module_and_loads_nothing_before_it_must(packed, run_python):
+    code = (
         "import runpy, sys\n"
         "import sparsebert.cli\n"
         "early = [name for name in ('transformers', 'triton', 'typer', 'rich') if name in sys.modules]\n"
-        "sys.argv = ['x', '--version']\n"
+        "sys.argv[0] = 'x'\n"
         "try:\n"
         "    runpy.run_module('sparsebert', run_name='__main__')\n"
         "except SystemExit as stop:\n"
         "    late = [name for name in ('transformers', 'triton', 'sklearn') if name in sys.modules]\n"
-        "    print(stop.code, early, late)\n"
+        "    print(stop.code, early, late, file=sys.stderr)\n"
     )
-    assert done.stdout.splitlines() == [f"sparsebert {sb.__version__}", "0 [] []"]
+    # Reading headers takes none of them either.
+    done = run_python(code, "info", str(packed), "--json")
+    assert json.loads(done.stdout)["compressed"]
+    assert done.stderr == "0 [] []\n"
+
+
+def test_the_version_is_the_package_s():
+    assert text("--version") == f"sparsebert {sb.__version__}"
 
 
 @pytest.mark.parametrize("command", ["compress", "eval", "info", "tune", "demo"])
@@ -460,17 +468,6 @@ def test_info_reads_shards_and_a_base_model_saved_by_itself(classifier, packed, 
     assert result_of("info", tmp_path / "base")["size"]["encoder"] == whole["size"]["encoder"]
 
 
-def test_info_neither_loads_tensors_nor_transformers(packed, run_python):
-    code = (
-        "import sys\n"
-        "import safetensors.torch, torch\n"
-        "safetensors.torch.load_file = torch.load = None\n"
-        "from sparsebert.cli.info import inspect\n"
-        "print(inspect(sys.argv[1])['compressed'], 'transformers' in sys.modules)\n"
-    )
-    assert run_python(code, str(packed)).stdout == "True False\n"
-
-
 def rewrite_header(folder: Path, edit) -> None:
     file = folder / "model.safetensors"
     data = file.read_bytes()
@@ -743,7 +740,7 @@ def test_tune_measures_and_records(packed, tmp_path):
     said = text("tune", packed, "--tokens", "3", "--device", "cpu")
     assert "Median microseconds a call by layout" in said
     assert "These are this CPU's figures" in said
-    assert f"{ENCODER_LINEARS} layers held as" in said or "layers held as" in said
+    assert sum(int(count) for count in re.findall(r"(\d+) layers held as", said)) == ENCODER_LINEARS
     table = json.loads((tmp_path / "cache" / "measurements.json").read_text())
     # Three shapes, two layouts that a CPU can hold.
     assert len(table["rows"]) == 6
