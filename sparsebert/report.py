@@ -167,7 +167,7 @@ def size_report(model: nn.Module) -> SizeReport:
 
 
 def explain(model: nn.Module, *, tokens: int = 128) -> Explanation:
-    """For each packed layer its layout, the kernel that runs it, what was refused and why, and what the choice rests on.
+    """For each packed layer its layout, the kernel that runs it, what was refused and why, and what that rests on.
 
     ``tokens`` is the number of rows of x (batch times length). ``ValueError`` where nothing in ``model`` is packed.
     """

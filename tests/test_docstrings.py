@@ -55,6 +55,11 @@ class A:
 if True:
     async def h():
         """conditional"""
+try:
+    pass
+except ValueError:
+    def k():
+        """in a handler"""
 def no_docstring():
     return "string"
 '''
@@ -64,6 +69,7 @@ def no_docstring():
         ("m.py:A.f", "method"),
         ("m.py:A.f.g", "inner"),
         ("m.py:h", "conditional"),
+        ("m.py:k", "in a handler"),
     ]
 
 

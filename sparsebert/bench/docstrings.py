@@ -82,11 +82,11 @@ def docstrings_of(source: str, module: str) -> Iterator[tuple[str, str]]:
             text = ast.get_docstring(node, clean=True)
             if text:
                 yield f"{module}:{path}", text
-        inner = []
-        for child in ast.iter_child_nodes(node):
+        inner: list[tuple[str, ast.AST]] = []
+        for child in _statements(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 inner.append((f"{path}.{child.name}".lstrip("."), child))
-            elif isinstance(child, ast.stmt):
+            else:
                 inner.append((path, child))
         pending.extend(reversed(inner))
 
@@ -148,6 +148,14 @@ def split_pairs(pairs: Sequence[Pair], *, held_out: int = HELD_OUT, minimum: int
         raise ValueError(f"docstrings: held_out is {held_out}, expected 1 to {len(pairs) - 1} of {len(pairs)} pairs")
     ranked = sorted(pairs, key=_rank)
     return Split(tuple(ranked[:held_out]), tuple(ranked[held_out:]))
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Statements and blocks right inside `node`: expressions, which are most of a tree, hold no docstrings."""
+    for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+        inner = getattr(node, name, None)
+        if isinstance(inner, list):
+            yield from inner
 
 
 def _python_files(folder: Path) -> Iterator[Path]:

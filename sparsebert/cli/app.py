@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from sparsebert.cli.common import Rendered, Report, execute, output
+from sparsebert.cli.common import DTYPES, Rendered, Report, execute, output
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ def compress(
     layers = [_parsed(command.parse_layer, text, "--layer") for text in layer or ()]
     if config is None and not layers:
         raise typer.BadParameter("give --pattern, such as 2:4, or --layer", param_hint="'--pattern'")
-    _one_of(command.DTYPES, dtype, "--dtype")
+    _one_of(DTYPES, dtype, "--dtype")
     _device(device)
     _run(
         context,
@@ -172,6 +172,10 @@ def evaluate(
     compare: Annotated[
         str | None, typer.Option(metavar="OTHER", help="A second model, measured on the same rows.")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="float32|float16|bfloat16", help="Compute in this dtype; by default as it was stored."),
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -184,6 +188,7 @@ def evaluate(
     _one_of(command.TASKS, task, "--task")
     if stdlib and task != "retrieval":
         raise typer.BadParameter("--stdlib has no labels, its task is retrieval", param_hint="'--task'")
+    _one_of(DTYPES, dtype, "--dtype")
     _device(device)
     _run(
         context,
@@ -197,6 +202,7 @@ def evaluate(
             max_length=max_length,
             limit=limit,
             compare=compare,
+            dtype=dtype,
             device=device,
             report=report,
         ),

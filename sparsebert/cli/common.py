@@ -27,6 +27,8 @@ Report = Callable[[int, int, str], None]
 Rendered = Iterable[str | Table]
 
 _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
+DTYPES = ("float32", "float16", "bfloat16")
+
 # What a pipe or file gets: rich would otherwise squeeze tables into 80 columns.
 _PIPE_WIDTH = 160
 
@@ -77,7 +79,7 @@ def one_line(error: BaseException) -> str:
 
 def clean(text: str) -> str:
     """``text`` without control characters: names in a checkpoint may hold terminal escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def output(*, to_stderr: bool = False) -> Console:
@@ -118,8 +120,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     result = Table(box=box.SIMPLE_HEAD)
     for i, name in enumerate(header):
         cells = [line[i] for line in lines if line[i] not in ("", "-")]
-        numbers = bool(cells) and all(cell[0].isdigit() or cell[:2].lstrip("+-")[:1].isdigit() for cell in cells)
-        result.add_column(name, justify="right" if numbers else "left", overflow="fold")
+        numbers = bool(cells) and all(cell.lstrip("+-")[:1].isdigit() for cell in cells)
+        result.add_column(Text(clean(name)), justify="right" if numbers else "left", overflow="fold")
     for line in lines:
         result.add_row(*(Text(cell) for cell in line))
     return result
@@ -135,17 +137,14 @@ def percent(part: float, whole: float) -> str:
 
 def size_table(sizes: dict[str, dict[str, int]]) -> Table:
     """``encoder`` and ``model`` as ``size_report`` gives them, with or without ``memory_bytes``."""
-    memory = "memory_bytes" in sizes["model"]
-    header = ["", "dense", "on disk", "disk / dense", *(["in memory", "memory / dense"] if memory else [])]
+    columns = {"on disk": "disk_bytes", "in memory": "memory_bytes"}
+    shown = {name: key for name, key in columns.items() if key in sizes["model"]}
     rows = []
-    for key, name in (("encoder", "encoder linears"), ("model", "whole model")):
-        size = sizes[key]
-        dense, disk = size["dense_bytes"], size["disk_bytes"]
-        row = [name, megabytes(dense), megabytes(disk), percent(disk, dense)]
-        if memory:
-            row += [megabytes(size["memory_bytes"]), percent(size["memory_bytes"], dense)]
-        rows.append(row)
-    return table(header, rows)
+    for part, name in (("encoder", "encoder linears"), ("model", "whole model")):
+        dense = sizes[part]["dense_bytes"]
+        cells = [f"{megabytes(sizes[part][key])} ({percent(sizes[part][key], dense)})" for key in shown.values()]
+        rows.append([name, megabytes(dense), *cells])
+    return table(["", "dense", *shown], rows)
 
 
 def few(names: Sequence[str], limit: int = 4) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from sparsebert.cli.common import Rendered, Report, few, megabytes, size_table, 
 from sparsebert.configs import NMConfig
 from sparsebert.roles import ROLES
 
-DTYPES = ("float32", "float16", "bfloat16")
 STEPS = ("looking up the model", "loading", "pruning and packing", "saving", "checking the files")
 
 
@@ -121,11 +121,9 @@ def render(result: dict[str, Any]) -> Rendered:
         yield "Note: there was no tokenizer beside the model, so none was saved"
     tokenizer = " and the tokenizer" if result["tokenizer"] else ""
     yield f"Saved to {result['out']}: {megabytes(result['file_bytes'])} of tensors{tokenizer}"
-    yield (
-        f"One-shot pruning costs accuracy, and this command did not measure how much. To see: `sparsebert eval "
-        f"{result['out']} --compare {result['model']}` with --data FILE. Training with a method of sparsebert.methods "
-        f"gets most of it back."
-    )
+    yield "One-shot pruning costs accuracy, and this command did not measure how much. To see:"
+    yield f"    sparsebert eval {shlex.quote(result['out'])} --compare {shlex.quote(result['model'])} --data FILE"
+    yield "Training with a method of sparsebert.methods gets most of it back."
 
 
 def _target(out: Path, force: bool) -> Path:
@@ -162,8 +160,9 @@ def _appearing(target: Path) -> Iterator[Path]:
             raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        for parent in parents:
-            parent.rmdir()
+        with suppress(OSError):
+            for parent in parents:
+                parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -22,7 +22,7 @@ TIMING_SECONDS = 2.0
 
 _NAMES = {
     "accuracy": "accuracy",
-    "f1": "F1",
+    "f1": "F1 of class 1",
     "matthews": "Matthews correlation",
     "mrr_at_10": "MRR@10",
     "recall_at_1": "recall@1",
@@ -57,12 +57,13 @@ def evaluate(
     max_length: int | None = None,
     limit: int | None = None,
     compare: str | None = None,
+    dtype: str | None = None,
     device: str | None = None,
     report: Report = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """Scores and latency of ``model``, and of ``compare`` on the same rows; the rows come from ``data`` or are the
-    docstrings of the standard library. ``max_length`` None is the most that the model takes, or what the demo takes for
-    the docstrings, so that their scores compare.
+    docstrings of the standard library. ``dtype`` None is the stored one. ``max_length`` None is the most that the model
+    takes, or what the demo takes for the docstrings, so that their scores compare.
     """
     import torch
 
@@ -88,7 +89,7 @@ def evaluate(
         tokenizer = models.load_tokenizer(source)
         if tokenizer is None:
             raise ValueError(f"{source.name}: has no tokenizer, which turning text into its input needs")
-        loaded = models.load(source, device=where)
+        loaded = models.load(source, device=where, dtype=None if dtype is None else getattr(torch, dtype))
         network = loaded.model
         length = _length(max_length, network.config, tokenizer, source.name)
         if task == "classification":
@@ -171,6 +172,9 @@ def render(result: dict[str, Any]) -> Rendered:
             f"Latency: median of {latency['repeats']} forward passes of {shape} tokens on {result['device']} "
             f"({latency['mode']}, not compiled)."
         )
+    if len(dtypes := {entry["dtype"] for entry in entries}) > 1:
+        both = " and ".join(sorted(dtypes))
+        yield f"The two compute in {both}, which alone changes latency; --dtype makes them alike."
     if not result["on_gpu"] and any(entry["compressed"] for entry in entries):
         yield "On a CPU packed layers compute with the unpacked weight: 2:4 makes a model smaller there, not faster."
 

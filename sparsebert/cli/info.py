@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,20 @@ _ITEM_BYTES = {
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+@dataclass(frozen=True)
 class Stored:
-    """One tensor by its entry in a safetensors header: dtype as safetensors writes it, shape, bytes."""
+    """One tensor by its entry in a safetensors header, ``dtype`` as it is written there."""
 
-    def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
-        self.dtype, self.shape = dtype, shape
-        self.count = math.prod(shape)
-        self.bytes = self.count * _ITEM_BYTES[dtype]
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.count * _ITEM_BYTES[self.dtype]
 
 
 def machine() -> dict[str, Any]:
@@ -166,7 +174,7 @@ def render(result: dict[str, Any]) -> Rendered:
     yield f"{names}, {megabytes(result['file_bytes'])}, {result['tensors']} tensors in {result['dtype']}"
     if result["layers"]:
         formats = sorted(result["formats"], key=lambda name: name == "dense")
-        counts = Counter((layer["role"] or "(no role)", layer["format"]) for layer in result["layers"])
+        counts = Counter((layer["role"] or "other", layer["format"]) for layer in result["layers"])
         roles = sorted({role for role, _ in counts}, key=lambda role: (*ROLES, role).index(role))
         rows = [[role, *(str(counts[role, name] or "-") for name in formats)] for role in roles]
         yield "Linear layers by role and format:"

@@ -153,7 +153,7 @@ class NMLinear(nn.Module):
         """``(..., in_features) -> (..., out_features)`` in the module's dtype."""
         activation = self.activation
         if self.layout == "dense" and not select.may_be_forced() and not self.dense_dense.requires_grad:
-            # This layout is torch's own linear: called directly it costs no op overhead, and a compiler can fuse it.
+            # This layout is torch's own linear: called directly it costs no op overhead, and compilers can fuse it.
             return activate(F.linear(x, self.dense_dense, self.bias), activation)
         # The derivative of an activation needs its input, which the fused op does not keep.
         fused = activation == "none" or not torch.is_grad_enabled()

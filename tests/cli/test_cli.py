@@ -203,6 +203,7 @@ def test_an_error_that_no_command_foresaw_names_its_type(packed, monkeypatch):
 
 def test_errors_of_several_lines_are_folded_and_control_characters_shown():
     assert common.one_line(ValueError("first\n  second \x1b[31m")) == "first second \\x1b[31m"
+    assert common.clean("a\nb\u202ec") == "a\\x0ab\\x202ec"
     assert common.one_line(FileNotFoundError(2, "No such file or directory", "x")) == "x: No such file or directory"
 
 
@@ -609,12 +610,25 @@ def test_eval_scores_the_whole_set(classifier, packed, labelled):
     assert result["rows"] == 37 and result["device"]
 
 
-def test_eval_prints_one_table(classifier, packed, labelled):
+def test_eval_prints_one_table(classifier, packed, labelled, tmp_path):
     pytest.importorskip("sklearn")
-    said = text("eval", packed, "--data", labelled, "--compare", classifier, "--limit", "9")
+    # Brackets are names here, not rich's markup.
+    other = copy(classifier, tmp_path / "[bold]")
+    said = text("eval", packed, "--data", labelled, "--compare", other, "--limit", "9")
+    assert "[bold]" in said
     for words in ("classification on 9 rows", "accuracy", "F1", "Matthews correlation", "latency a batch", "difference",
                   "predict the same class"):  # fmt: skip
         assert words in said
+
+
+def test_eval_computes_in_the_dtype_asked_for(classifier, tmp_path, labelled):
+    pytest.importorskip("sklearn")
+    half = tmp_path / "half"
+    text("compress", classifier, half, "--pattern", "2:4", "--dtype", "float16")
+    options = ["eval", half, "--data", labelled, "--compare", classifier, "--limit", "4"]
+    assert [entry["dtype"] for entry in result_of(*options)["models"]] == ["float16", "float32"]
+    assert "The two compute in float16 and float32" in text(*options)
+    assert [entry["dtype"] for entry in result_of(*options, "--dtype", "float32")["models"]] == ["float32"] * 2
 
 
 def test_eval_reads_label_names_other_columns_and_quoted_csv(classifier, tmp_path):
