@@ -36,7 +36,7 @@ def main() -> int:
         for tokens in TOKENS:
             x = torch.randn(tokens, in_features)
             calls = {name: partial(module, x) for name, module in modules.items()}
-            times = {name: t.median_us for name, t in measure_together(calls, device="cpu", budget_s=1.0).items()}
+            times = {name: t.median_us for name, t in measure_together(calls, device="cpu", budget_s=2.0).items()}
             bound = 1.1 * times["linear"] + 15
             failed += times["packed"] > bound
             row = {

@@ -151,3 +151,38 @@ def test_nan_leaves_the_model_as_it_was():
 def test_a_teacher_is_refused():
     with pytest.raises(ValueError, match="takes no teacher"):
         Magnitude(CONFIG).prepare(tiny_model(), total_steps=1, teacher=tiny_model())
+
+
+def one_layer():
+    model = nn.Module()
+    model.layer = nn.Linear(4, 1, bias=False)
+    model.layer.weight.data = torch.tensor([[4.0, 1.0, 2.0, 8.0]])
+    return model
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    model.layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+
+
+def test_moments_of_dropped_weights_stay_zero():
+    """Else they would move a weight as soon as a later phase changes the mask."""
+    model = one_layer()
+    run = Magnitude({"layer": CONFIG}).prepare(model, total_steps=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    run.attach(optimizer)
+    step(model, optimizer)
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments = optimizer.state[model.layer.weight][name]
+        assert moments[0, [1, 2]].tolist() == [0.0, 0.0] and moments[0, [0, 3]].all()
+
+
+def test_moments_from_before_do_not_bring_a_weight_back():
+    model = one_layer()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer)
+    run = Magnitude({"layer": CONFIG}).prepare(model, total_steps=1)
+    run.attach(optimizer)
+    step(model, optimizer)
+    assert model.layer.weight[0, [1, 2]].tolist() == [0.0, 0.0]

@@ -261,3 +261,12 @@ def test_a_packed_head_is_no_part_of_the_encoder():
     sb.compress_(model, {"bert.pooler.dense": CONFIG})
     assert sb.size_report(model).encoder == dense.encoder
     assert sb.size_report(model).model.disk < dense.model.disk
+
+
+def test_a_plan_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="bert.encoder.layer.7.output.dense: the plan names this layer, but"):
+        sb.compress_(tiny_model(), sb.CompressionPlan({"bert.encoder.layer.7.output.dense": CONFIG}))
+    with pytest.raises(ValueError, match="the plan is empty"):
+        sb.compress_(tiny_model(), sb.CompressionPlan())
+    with pytest.raises(ValueError, match="ignore cannot be combined with a plan"):
+        sb.compress_(tiny_model(), sb.CompressionPlan({"classifier": CONFIG}), ignore=["classifier"])

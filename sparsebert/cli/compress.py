@@ -110,7 +110,8 @@ def render(result: dict[str, Any]) -> Rendered:
     size = result["size"]
     yield size_table(size)
     held = sorted({layer["layout"] for layer in packed})
-    unpacked = "; a CPU computes with the unpacked weight" if held == ["dense"] else ""
+    on_cpu = held == ["dense"] and result["device"].startswith("CPU")
+    unpacked = "; a CPU computes with the unpacked weight" if on_cpu else ""
     yield f"In memory is as held on {result['device']}, layout {', '.join(held)}{unpacked}."
     if result["untrained"]:
         names = few(result["untrained"])
@@ -123,7 +124,7 @@ def render(result: dict[str, Any]) -> Rendered:
     yield f"Saved to {result['out']}: {megabytes(result['file_bytes'])} of tensors{tokenizer}"
     yield "One-shot pruning costs accuracy, and this command did not measure how much. To see:"
     yield f"    sparsebert eval {shlex.quote(result['out'])} --compare {shlex.quote(result['model'])} --data FILE"
-    yield "Training with a method of sparsebert.methods gets most of it back."
+    yield "Training with a method of sparsebert.methods wins much of it back: `sparsebert demo` shows one such run."
 
 
 def _target(out: Path, force: bool) -> Path:
