@@ -212,6 +212,12 @@ esac
 """
 
 
+def outside_make() -> dict[str, str]:
+    """The environment without what the make that runs these tests would tell another one."""
+    outer = ("MAKE", "MFLAGS", "PIP_ARGS", "PYTEST_ARGS", "PYTHON", "BUDGET_S", "OUT", "DRY")
+    return {key: value for key, value in os.environ.items() if not key.startswith(outer)}
+
+
 @pytest.fixture
 def make(tmp_path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]:
     """``make(*arguments, version=, status=)`` in a folder with the Makefile; the result and the calls it made."""
@@ -227,9 +233,7 @@ def make(tmp_path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list
 
     def call(*arguments: str, version: str = "3, 12", status: int = 0):
         log.write_text("")
-        # The outer make must not reach this one through its variables.
-        outer = ("MAKE", "MFLAGS", "PIP_ARGS", "PYTEST_ARGS", "PYTHON", "BUDGET_S", "OUT", "DRY")
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
+        environment = outside_make()
         environment.update(FAKE_LOG=str(log), FAKE_REAL=sys.executable, FAKE_VERSION=version, FAKE_STATUS=str(status))
         defaults = () if any(a.startswith("PYTHON=") for a in arguments) else (f"PYTHON={fake}",)
         result = run("make", *arguments, *defaults, cwd=folder, environment=environment)
@@ -313,6 +317,7 @@ def test_gpu_check_gets_its_settings_and_needs_no_environment(make, through):
     if through == "command line":
         result, _ = make("gpu-check", python, *settings)
     else:
-        result = run("env", *settings, "make", "gpu-check", python, cwd=make.folder)
+        environment = outside_make() | dict(setting.split("=") for setting in settings)
+        result = run("make", "gpu-check", python, cwd=make.folder, environment=environment)
     assert result.stdout.splitlines()[-1] == "['90', 'here', '1']"
     assert not (make.folder / ".venv").exists()
