@@ -171,7 +171,8 @@ def test_offloading_is_refused(places):
 
 @pytest.mark.parametrize("places", [None, "auto", {"": "cpu"}, {"a": 0, "b": "cuda:1"}])
 def test_other_device_maps_pass(places):
-    SparsebertHfQuantizer(SparsebertConfig(**quantization_config(packed()))).validate_environment(device_map=places)
+    plugin = SparsebertHfQuantizer(SparsebertConfig(**quantization_config(packed())))
+    assert plugin.validate_environment(device_map=places) is None
 
 
 def test_register_again_is_harmless_and_spares_others(monkeypatch):
