@@ -188,3 +188,12 @@ def test_a_broken_table_is_an_error_that_names_the_file(table, text):
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 1), (2, 2), (3, 4), (128, 128), (129, 256)])
 def test_token_buckets(tokens, bucket):
     assert measurements.token_bucket(tokens) == bucket
+
+
+def test_a_call_is_judged_by_the_capability_of_its_own_device():
+    """Not by the current device: machines hold GPUs of several kinds."""
+    (candidate,) = select.candidates("nm_linear", "cutlass")
+    call = {"device_type": "cuda", "dtype": torch.float16}
+    assert candidate.supports(problem("cutlass", **call, capability=(8, 6))) is None
+    assert "8.x, found 9.0" in candidate.supports(problem("cutlass", **call, capability=(9, 0)))
+    assert "found 7.5" in candidate.supports(problem("cutlass", **call, capability=(7, 5)))

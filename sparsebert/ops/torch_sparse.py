@@ -27,38 +27,38 @@ _TOKEN_MULTIPLE = 8
 
 
 def _refusal(
-    spec: Spec, dtype: torch.dtype, device: torch.device, row_multiple: int, column_multiple: int
+    spec: Spec, dtype: torch.dtype, device_type: str, found: tuple[int, int] | None, rows: int, columns: int
 ) -> str | None:
-    if device.type != "cuda":
-        return f"needs a CUDA device, not {device.type}"
+    """None, or why kernels that want multiples of ``rows`` and ``columns`` cannot serve on capability ``found``."""
+    if device_type != "cuda" or found is None:
+        return f"needs a CUDA device, not {device_type}"
     if (spec.n, spec.m) not in _PATTERNS:
         return f"needs a 2:4 pattern, not {spec.n}:{spec.m}"
     if dtype not in _DTYPES:
         return f"needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if (found := capability(device)) is not None and found < (8, 0):
+    if found < (8, 0):
         return f"needs compute capability 8.0, found {found[0]}.{found[1]}"
-    if spec.out_features % row_multiple or spec.in_features % column_multiple:
+    if spec.out_features % rows or spec.in_features % columns:
         return (
-            f"needs out_features in multiples of {row_multiple} and in_features of {column_multiple}, "
+            f"needs out_features in multiples of {rows} and in_features of {columns}, "
             f"not {spec.out_features} x {spec.in_features}"
         )
     return None
 
 
-def _cusparselt_refusal(spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
-    if reason := _refusal(spec, dtype, device, 16, 16):
+def _cusparselt_refusal(spec: Spec, dtype: torch.dtype, device_type: str, found: tuple[int, int] | None) -> str | None:
+    if reason := _refusal(spec, dtype, device_type, found, 16, 16):
         return reason
     return None if torch.backends.cusparselt.is_available() else "this torch was built without cuSPARSELt"
 
 
-def _cutlass_refusal(spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
-    if reason := _refusal(spec, dtype, device, 32, 64):
+def _cutlass_refusal(spec: Spec, dtype: torch.dtype, device_type: str, found: tuple[int, int] | None) -> str | None:
+    if reason := _refusal(spec, dtype, device_type, found, 32, 64):
         return reason
-    found = capability(device)
     # torch compiles these kernels for sm_80 and refuses other major versions when called.
-    return (
-        None if found is not None and found[0] == 8 else f"torch's kernels serve compute capability 8.x, found {found}"
-    )
+    if found is not None and found[0] != 8:
+        return f"torch's kernels serve compute capability 8.x, found {found[0]}.{found[1]}"
+    return None
 
 
 def _padded(x: Tensor) -> tuple[Tensor, int]:
@@ -108,14 +108,22 @@ def _check_cutlass(weight: list[Tensor], spec: Spec) -> None:
     layouts.check_tensor(weight[0], "packed", (spec.out_features, spec.in_features // 2), spec)
 
 
-def _supports(
-    refusal: Callable[[Spec, torch.dtype, torch.device], str | None],
-) -> Callable[[Problem], str | None]:
+Refusal = Callable[[Spec, torch.dtype, str, tuple[int, int] | None], str | None]
+
+
+def _serves(refusal: Refusal) -> Callable[[Problem], str | None]:
+    """``refusal`` of a call: by the capability of the call's own device, whichever device is the current one."""
+
     def supports(problem: Problem) -> str | None:
         spec = Spec(problem.n, problem.m, problem.in_features, problem.out_features)
-        return refusal(spec, problem.dtype, torch.device(problem.device_type))
+        return refusal(spec, problem.dtype, problem.device_type, problem.capability)
 
     return supports
+
+
+def _holds(refusal: Refusal) -> Callable[[Spec, torch.dtype, torch.device], str | None]:
+    """``refusal`` of a device that is to hold a layout."""
+    return lambda spec, dtype, device: refusal(spec, dtype, device.type, capability(device))
 
 
 layouts.add(
@@ -123,7 +131,7 @@ layouts.add(
         "cusparselt",
         tensors=("compressed",),
         castable=False,
-        supports=_cusparselt_refusal,
+        supports=_holds(_cusparselt_refusal),
         check=_check_cusparselt,
         from_dense=lambda dense, spec: [torch._cslt_compress(dense)],
         to_dense=_cusparselt_dense,
@@ -134,7 +142,7 @@ layouts.add(
         "cutlass",
         tensors=("packed", "meta"),
         castable=False,
-        supports=_cutlass_refusal,
+        supports=_holds(_cutlass_refusal),
         check=_check_cutlass,
         from_dense=lambda dense, spec: list(sparse_semi_structured_from_dense_cutlass(dense)),
         to_dense=lambda weight, spec: sparse_semi_structured_to_dense_cutlass(*weight),
@@ -147,8 +155,8 @@ CANDIDATES = (
         "cusparselt",
         "torch",
         "cuSPARSELt through torch",
-        _supports(_cusparselt_refusal),
+        _serves(_cusparselt_refusal),
         _cusparselt,
     ),
-    Candidate("nm_linear", "cutlass", "torch", "CUTLASS through torch", _supports(_cutlass_refusal), _cutlass),
+    Candidate("nm_linear", "cutlass", "torch", "CUTLASS through torch", _serves(_cutlass_refusal), _cutlass),
 )
