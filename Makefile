@@ -26,7 +26,7 @@ help: ## this list
 demo: $(STAMP) ## compress a real model, save, reload, compare: ends in one table (about 5 minutes)
 	$(BIN)/sparsebert demo $(DEMO_ARGS)
 
-test: $(STAMP) ## the tests that need no GPU (under 5 minutes)
+test: $(STAMP) ## the tests that need no GPU (under 20 minutes)
 	$(BIN)/python -m pytest -q -m "not gpu and not slow" $(PYTEST_ARGS)
 
 slow: $(STAMP) ## the tests that `make test` leaves out for time: builds and installs the package

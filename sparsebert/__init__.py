@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from sparsebert import hf as hf
     from sparsebert import methods as methods
     from sparsebert import nn as nn
+    from sparsebert.calibration import calibrate as calibrate
+    from sparsebert.configs import BitmapConfig as BitmapConfig
+    from sparsebert.configs import Int8Config as Int8Config
+    from sparsebert.configs import LowRankConfig as LowRankConfig
+    from sparsebert.configs import LowRankSparseConfig as LowRankSparseConfig
     from sparsebert.configs import NMConfig as NMConfig
+    from sparsebert.configs import RowsConfig as RowsConfig
     from sparsebert.hf.checkpoint import load_pretrained as load_pretrained
     from sparsebert.hf.checkpoint import save_pretrained as save_pretrained
     from sparsebert.ops.select import backend as backend
@@ -32,7 +38,13 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _NAMES = {
+    "BitmapConfig": "sparsebert.configs",
+    "Int8Config": "sparsebert.configs",
+    "LowRankConfig": "sparsebert.configs",
+    "LowRankSparseConfig": "sparsebert.configs",
     "NMConfig": "sparsebert.configs",
+    "RowsConfig": "sparsebert.configs",
+    "calibrate": "sparsebert.calibration",
     "CompressionPlan": "sparsebert.plan",
     "backend": "sparsebert.ops.select",
     "compress_": "sparsebert.swap",

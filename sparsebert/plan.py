@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -10,30 +11,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from sparsebert.configs import NMConfig, config_from_dict
-from sparsebert.formats import nm
-from sparsebert.roles import ROLES, find_layers, linear_paths, summarize
+from sparsebert import storage
+from sparsebert.configs import (
+    CONFIG_TYPES,
+    Config,
+    Int8Config,
+    LowRankConfig,
+    LowRankSparseConfig,
+    NMConfig,
+    config_from_dict,
+)
+from sparsebert.formats import nm, one_shot
+from sparsebert.roles import ROLES, find_layers, linear_paths, summarize, weight_use
 
 PLAN_VERSION = 1
 PLAN_FILE = "plan.json"
+FACTORS_FILE = "plan.safetensors"
+_FACTORS = ("u", "v", "sparse")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_CONFIG_NAMES = ", ".join(kind.__name__ for kind in CONFIG_TYPES)
 
 # What compress_ and the methods take: one config for every encoder linear, or a mapping from role or pattern.
-Selection = NMConfig | Mapping[str, NMConfig | None]
+Selection = Config | Mapping[str, Config | None]
 
 
 @dataclass(frozen=True)
 class CompressionPlan:
-    """Module path -> config for every layer to pack. A method's ``finalize`` returns one.
+    """Module path -> config for every layer to pack, and the factors of the layers that are made of factors. A
+    method's ``finalize`` returns one.
 
-    A plan makes a promise about weights that are already pruned; ``verify`` proves it before anything is packed.
+    A plan makes a promise about weights that are already compressed; ``verify`` proves it before anything is packed.
+    ``factors``: path -> ``u (out, rank)``, ``v (rank, in)`` and, for low rank plus sparse, ``sparse (out, in)``, whose
+    product and sum are the layer's weight.
     """
 
-    layers: Mapping[str, NMConfig] = field(default_factory=dict)
+    layers: Mapping[str, Config] = field(default_factory=dict)
+    factors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def verify(self, model: nn.Module) -> None:
-        """``ValueError`` naming the layer and its first bad group unless every layer obeys its config."""
+        """``ValueError`` naming the layer and its first bad place unless every layer obeys its config."""
+        if stray := sorted(self.factors.keys() - self.layers.keys()):
+            raise ValueError(f"{stray[0]}: the plan has factors for this layer, but no config")
         for path, config in self.layers.items():
             try:
                 module = model.get_submodule(path)
@@ -42,15 +63,12 @@ class CompressionPlan:
                     f"{path}: the plan names this layer, but {type(model).__name__} has no such module; "
                     f"its linear layers: {summarize(linear_paths(model))}"
                 ) from None
-            if reason := refusal(module, config):
+            if reason := refusal(module, config) or weight_use(model, path):
                 raise ValueError(f"{path}: {reason}")
             weight = module.weight.detach()  # type: ignore[union-attr, operator]
-            if (bad := nm.find_violation(weight, config.n, config.m)) is not None:
-                row, column, count = bad
-                raise ValueError(
-                    f"{path}: weight does not obey {config}: row {row}, columns {column} to {column + config.m - 1} "
-                    f"hold {count} non-zeros, expected at most {config.n}"
-                )
+            factors = dict(self.factors.get(path, {}))
+            if reason := one_shot.find_violation(weight, config, factors, name=path):
+                raise ValueError(f"{path}: {reason}")
 
     def to_dict(self) -> dict[str, Any]:
         layers = {path: config.to_dict() for path, config in self.layers.items()}
@@ -58,28 +76,95 @@ class CompressionPlan:
 
     @classmethod
     def from_dict(cls, data: Any) -> CompressionPlan:
+        """Inverse of ``to_dict``, without factors; ``ValueError`` or ``TypeError`` where it is no plan."""
         if not isinstance(data, dict) or not isinstance(data.get("layers"), dict):
             raise ValueError("plan: expected a JSON object with an object 'layers'")
-        if data.get("plan_version") != PLAN_VERSION:
-            raise ValueError(f"plan: plan_version is {data.get('plan_version')!r}, expected {PLAN_VERSION}")
+        _check_version(data)
         return cls({path: config_from_dict(entry) for path, entry in data["layers"].items()})
 
     def save(self, folder: str | Path) -> Path:
-        """Writes ``plan.json`` into ``folder``, which must exist."""
+        """Writes ``plan.json``, and ``plan.safetensors`` where there are factors, into ``folder``, which must exist."""
         file = Path(folder) / PLAN_FILE
+        factors = Path(folder) / FACTORS_FILE
+        tensors = {
+            f"{path}.{name}": tensor.detach().cpu().contiguous()
+            for path, parts in self.factors.items()
+            for name, tensor in parts.items()
+        }
+        if tensors:
+            save_file(tensors, factors)
+        else:
+            # An older plan's factors must not be taken for this one's.
+            factors.unlink(missing_ok=True)
         file.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         return file
 
     @classmethod
     def load(cls, folder: str | Path) -> CompressionPlan:
+        """What ``save`` wrote, factors on the CPU. Not trusted: ``ValueError`` naming the file where it is not that."""
         file = Path(folder) / PLAN_FILE
+        data = storage.read_json(file)
         try:
-            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+            plan = cls.from_dict(data)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: {error}") from error
+        return cls(plan.layers, _read_factors(Path(folder) / FACTORS_FILE, plan.layers))
 
 
-def refusal(module: nn.Module, config: NMConfig) -> str | None:
+def save_selection(selection: Mapping[str, Config | None], file: str | Path) -> None:
+    """Writes a mapping from role, path or pattern to config, or None for dense, as JSON."""
+    entries = {key: None if config is None else config.to_dict() for key, config in selection.items()}
+    Path(file).write_text(
+        json.dumps({"plan_version": PLAN_VERSION, "selection": entries}, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+def load_selection(file: str | Path) -> dict[str, Config | None] | None:
+    """The selection in a JSON file, None where it holds a plan's ``layers`` instead; ``ValueError`` naming the file for
+    anything else."""
+    data = storage.read_json(file)
+    try:
+        _check_version(data)
+        if "selection" not in data and "layers" in data:
+            return None
+        entries = data.get("selection")
+        if not isinstance(entries, dict) or not entries:
+            raise ValueError("plan: expected an object 'selection' of role or pattern: config, or 'layers'")
+        return {key: None if entry is None else config_from_dict(entry) for key, entry in entries.items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _check_version(data: dict[str, Any]) -> None:
+    version = data.get("plan_version")
+    if type(version) is not int or version != PLAN_VERSION:
+        raise ValueError(f"plan: plan_version is {version!r}, expected {PLAN_VERSION}")
+
+
+def _read_factors(file: Path, layers: Mapping[str, Config]) -> dict[str, dict[str, Tensor]]:
+    """The factors of the layers that are made of factors; every tensor of the file must be one of them."""
+    wanted = {
+        f"{path}.{name}": (path, name)
+        for path, config in layers.items()
+        if isinstance(config, LowRankConfig | LowRankSparseConfig)
+        for name in (_FACTORS if isinstance(config, LowRankSparseConfig) else _FACTORS[:2])
+    }
+    if not wanted and not os.path.lexists(file):
+        return {}
+    stored = storage.read_headers([file])
+    for key in sorted(stored.keys() ^ wanted.keys()):
+        raise ValueError(f"{file}: tensor {key} is {'missing' if key in wanted else 'not of this plan'}")
+    for key, header in stored.items():
+        if len(header.shape) != 2 or header.dtype not in _FLOATS:
+            raise ValueError(f"{file}: {key} is {header.dtype} of shape {header.shape}, expected a matrix of floats")
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(file).items():
+        path, name = wanted[key]
+        factors.setdefault(path, {})[name] = tensor
+    return factors
+
+
+def refusal(module: nn.Module, config: Config) -> str | None:
     """None, or why this module cannot be packed as ``config`` (whatever its values are)."""
     # Exactly nn.Linear: a subclass may compute something else with its weight.
     if type(module) is not nn.Linear:
@@ -88,40 +173,60 @@ def refusal(module: nn.Module, config: NMConfig) -> str | None:
         return "has forward hooks, which a swap would lose"
     if module.weight.dtype not in nm.DTYPES:
         return f"weight is {module.weight.dtype}, expected 16, 32 or 64-bit floats"
-    if module.in_features % config.m:
-        return f"in_features is {module.in_features}, not divisible by {config.m} as {config} needs"
+    out_features, in_features = module.weight.shape
+    pattern = config
+    if isinstance(config, Int8Config):
+        pattern = config.weights  # type: ignore[assignment]
+    elif isinstance(config, LowRankSparseConfig):
+        pattern = config.sparse  # type: ignore[assignment]
+    if isinstance(pattern, NMConfig):
+        if pattern.columns is None and in_features % pattern.m:
+            return f"in_features is {in_features}, not divisible by {pattern.m} as {pattern} needs"
+        if in_features < pattern.m:
+            return f"in_features is {in_features}, expected at least {pattern.m} for {pattern}"
+    if isinstance(config, LowRankConfig | LowRankSparseConfig):
+        rank = one_shot.rank_of(config, out_features, in_features)
+        if rank > min(out_features, in_features):
+            return f"rank {rank} is above the smaller of {out_features} x {in_features}"
+        if (stored := rank * (out_features + in_features)) > (dense := out_features * in_features):
+            return f"rank {rank} would store {stored} numbers, more than the {dense} of the dense weight"
     return None
 
 
 def select(
     model: nn.Module, selection: Selection, *, ignore: Iterable[str] = ()
-) -> tuple[dict[str, NMConfig], dict[str, str]]:
+) -> tuple[dict[str, Config], dict[str, str]]:
     """``(chosen, skipped)``: configs by path, and the reason for every other linear layer.
 
     ``selection`` is one config for all encoder linears, or a mapping whose keys are roles (``ROLES``), paths or glob
     patterns over paths; a path wins over a pattern, a pattern over a role, an earlier pattern over a later one, and
     None leaves a layer dense. ``ignore`` holds paths or patterns to leave out. ``ValueError`` where a key matches
-    nothing or nothing is chosen, listing what there was.
+    nothing, is a role that the model's family has not, or nothing is chosen, listing what there was.
     """
     linears = {path: model.get_submodule(path) for path in linear_paths(model)}
-    if isinstance(selection, NMConfig):
-        by_role: dict[str, NMConfig | None] = dict.fromkeys(ROLES, selection)
-        by_pattern: dict[str, NMConfig | None] = {}
+    if isinstance(selection, CONFIG_TYPES):
+        by_role: dict[str, Config | None] = dict.fromkeys(ROLES, selection)
+        by_pattern: dict[str, Config | None] = {}
     elif isinstance(selection, Mapping):
         by_role = {key: value for key, value in selection.items() if key in ROLES}
         by_pattern = {key: value for key, value in selection.items() if key not in ROLES}
         for key, value in selection.items():
-            if value is not None and not isinstance(value, NMConfig):
-                raise TypeError(f"selection: {key!r} is {type(value).__name__}, expected NMConfig or None")
+            if value is not None and not isinstance(value, CONFIG_TYPES):
+                raise TypeError(f"selection: {key!r} is {type(value).__name__}, expected {_CONFIG_NAMES} or None")
     else:
-        raise TypeError(f"selection is {type(selection).__name__}, expected NMConfig, a mapping or CompressionPlan")
+        raise TypeError(
+            f"selection is {type(selection).__name__}, expected {_CONFIG_NAMES}, a mapping or CompressionPlan"
+        )
     roles = {layer.path: layer.role for layer in find_layers(model)} if by_role else {}
+    if isinstance(selection, Mapping) and (absent := [role for role in by_role if role not in roles.values()]):
+        there = ", ".join(dict.fromkeys(roles.values()))
+        raise ValueError(f"{type(model).__name__} has no role {absent[0]!r}; it has {there}")
     ignored = _matches(model, list(ignore), linears, "ignore")
     patterns = sorted(by_pattern, key=lambda key: key not in linears)
     matched = _matches(model, patterns, linears, "selection")
 
     shared = _shared_weights(model)
-    chosen: dict[str, NMConfig] = {}
+    chosen: dict[str, Config] = {}
     skipped: dict[str, str] = {}
     for path, module in linears.items():
         if path in ignored:
@@ -136,7 +241,7 @@ def select(
             continue
         if config is None:
             skipped[path] = "left dense by the selection"
-        elif reason := refusal(module, config):
+        elif reason := refusal(module, config) or weight_use(model, path):
             skipped[path] = reason
         elif id(module.weight) in shared:
             skipped[path] = f"weight is shared with {shared[id(module.weight)]}"

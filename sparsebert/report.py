@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsebert.nn import NMLinear
+from sparsebert.nn import PackedLinear
 from sparsebert.ops import layout_choice, layouts, measurements, select
 from sparsebert.roles import find_layers
 
@@ -67,12 +67,14 @@ class SizeReport:
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """One packed layer. ``kept_energy`` is the squared Frobenius norm kept by pruning, as a fraction."""
+    """One packed layer: the config asked for, what came of it, and ``kept_energy``, 1 - |W - W'|^2 / |W|^2 with the
+    packed weight W' (squared Frobenius norms)."""
 
     path: str
     role: str | None
     index: int | None
     config: str
+    description: str
     layout: str
     kept_energy: float
 
@@ -93,7 +95,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        rows = [[x.path, x.role or "-", x.config, x.layout, f"{x.kept_energy:.4f}"] for x in self.layers]
+        rows = [[x.path, x.role or "-", x.description, x.layout, f"{x.kept_energy:.4f}"] for x in self.layers]
         parts = [
             f"compressed {len(self.layers)} layers",
             table(["layer", "role", "format", "held as", "energy kept"], rows),
@@ -156,8 +158,8 @@ def size_report(model: nn.Module) -> SizeReport:
         size = _own_bytes(module, seen)
         total += size
         role, index = places.get(path, (None, None))
-        if isinstance(module, NMLinear):
-            layers.append(LayerSize(path, role, index, str(module.config), module.layout, size))
+        if isinstance(module, PackedLinear):
+            layers.append(LayerSize(path, role, index, module.description, module.layout, size))
         elif role is not None:
             layers.append(LayerSize(path, role, index, "dense", "dense", size))
     for layer in layers:
@@ -175,21 +177,12 @@ def explain(model: nn.Module, *, tokens: int = 128) -> Explanation:
     layers = []
     device = torch.device("cpu")
     for path, module in packed_layers(model):
-        spec, device = module.spec(), module.device
-        problem = select.Problem(
-            "nm_linear",
-            module.layout,
-            device.type,
-            select.capability(device),
-            module.dtype,
-            *spec,
-            tokens,
-            module.activation,
-        )
+        spec, device = module.spec, module.device
+        problem = module.problem(tokens)
         kernel = "nothing on this device" if device.type == "meta" else _kernel(problem)
         refused = [f"{c.backend}: {reason}" for c, reason in select.review(problem) if reason]
-        for name in layouts.names():
-            if reason := layouts.get(name).supports(spec, module.dtype, device):
+        for name in layouts.names(spec.op):
+            if reason := layouts.get(spec.op, name).supports(spec, module.dtype, device):
                 refused.append(f"layout {name}: {reason}")
         if module.requested_layout != "auto":
             basis = f"layout asked for: {module.requested_layout}"
@@ -200,7 +193,7 @@ def explain(model: nn.Module, *, tokens: int = 128) -> Explanation:
             LayerExplanation(
                 path,
                 places.get(path, (None, None))[0],
-                str(module.config),
+                module.description,
                 module.layout,
                 kernel,
                 tuple(refused),
@@ -210,9 +203,9 @@ def explain(model: nn.Module, *, tokens: int = 128) -> Explanation:
     return Explanation(measurements.device_name(device), tokens, tuple(layers))
 
 
-def packed_layers(model: nn.Module) -> list[tuple[str, NMLinear]]:
+def packed_layers(model: nn.Module) -> list[tuple[str, PackedLinear]]:
     """Every packed layer with its path; ``ValueError`` where there is none."""
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, NMLinear)]
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, PackedLinear)]
     if not found:
         raise ValueError(f"{type(model).__name__}: no layer is packed; call compress_ first")
     return found
@@ -245,7 +238,7 @@ def _kernel(problem: select.Problem) -> str:
 
 def _own_bytes(module: nn.Module, seen: set[int]) -> Bytes:
     """Bytes of a module's own tensors, children left out."""
-    if isinstance(module, NMLinear):
+    if isinstance(module, PackedLinear):
         seen.update(id(t) for t in (*module.buffers(), *module.parameters()))
         return Bytes(module.dense_bytes(), module.disk_bytes(), module.memory_bytes())
     size = Bytes(0, 0, 0)

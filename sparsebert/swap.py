@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sparsebert.configs import NMConfig
-from sparsebert.formats import nm
-from sparsebert.nn import NMLinear
+from sparsebert.configs import Config, LowRankConfig, LowRankSparseConfig, NMConfig
+from sparsebert.formats import nm, one_shot
+from sparsebert.nn import MODULES, PackedLinear
 from sparsebert.plan import CompressionPlan, Selection, refusal, select
 from sparsebert.report import CompressedLayer, Report, packed_layers, role_of, size_report
+from sparsebert.roles import LayerRef, feed_forward_pairs
 
 QUANT_METHOD = "sparsebert"
 FORMAT_VERSION = 1
@@ -41,23 +42,26 @@ def compress_(
     then as it was.
     """
     skipped: dict[str, str] = {}
+    factors: Mapping[str, Mapping[str, Tensor]] | None = None
     if isinstance(spec, CompressionPlan):
         if tuple(ignore):
             raise ValueError("compress_: ignore cannot be combined with a plan; remove the layers from the plan")
         spec.verify(model)
         chosen = dict(spec.layers)
-        prune = False
+        factors = spec.factors
         if not chosen:
             raise ValueError("compress_: the plan is empty")
     else:
         chosen, skipped = select(model, spec, ignore=ignore)
-        prune = True
 
-    packed: dict[str, NMLinear] = {}
+    packed: dict[str, PackedLinear] = {}
     energy: dict[str, float] = {}
+    kept_rows = _kept_rows(model, chosen, pruned=factors is not None)
     for path, config in chosen.items():
         linear = model.get_submodule(path)
-        packed[path], energy[path] = _pack(linear, config, path, prune)  # type: ignore[arg-type]
+        made_of = None if factors is None else factors.get(path, {})
+        packed[path] = _pack(linear, config, path, made_of, **kept_rows.get(path, {}))  # type: ignore[arg-type]
+        energy[path] = _kept_energy(linear.weight.detach(), packed[path])  # type: ignore[union-attr, operator]
         packed[path].prepare_(layout)
 
     swap_in_(model, packed)
@@ -66,7 +70,8 @@ def compress_(
     layers = []
     for path, module in packed.items():
         role, index = places.get(path, (None, None))
-        layers.append(CompressedLayer(path, role, index, str(module.config), module.layout, energy[path]))
+        text = str(chosen[path])
+        layers.append(CompressedLayer(path, role, index, text, module.description, module.layout, energy[path]))
     return Report(tuple(layers), skipped, size_report(model))
 
 
@@ -110,6 +115,26 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "layers": layers}
 
 
+def check_compaction(model: nn.Module) -> None:
+    """``ValueError`` naming the layer unless compacted feed-forward nets fit together: where ``output`` takes compact
+    input, ``intermediate`` gives exactly those columns, and drops rows nowhere else."""
+    loose = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, PackedLinear) and (module.compact_input or module.kept_rows is not None)
+    }
+    for inner, outer in feed_forward_pairs(model) if loose else []:
+        first, second = loose.pop(inner.path, None), loose.pop(outer.path, None)
+        if first is None and second is None:
+            continue
+        dropped = None if first is None else first.kept_rows
+        columns = second.columns if second is not None and second.compact_input else None
+        if dropped is None or columns is None or not torch.equal(dropped, _inner_rows(columns, inner, outer)):
+            raise ValueError(f"{inner.path}: kept_rows are not the columns that {outer.path} is made of")
+    for path in loose:
+        raise ValueError(f"{path}: is compacted for the layer beside it, but is no part of a feed-forward net")
+
+
 def swap_in_(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Puts each module in the place of the one at its path, wherever else that one is referred to as well."""
     new_by_old = {id(model.get_submodule(path)): new for path, new in modules.items()}
@@ -119,19 +144,107 @@ def swap_in_(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
                 parent._modules[name] = new_by_old[id(child)]
 
 
-def _pack(linear: nn.Linear, config: NMConfig, path: str, prune: bool) -> tuple[NMLinear, float]:
+def _kept_rows(model: nn.Module, chosen: Mapping[str, Config], *, pruned: bool) -> dict[str, dict[str, Any]]:
+    """How the two layers of each feed-forward net are compacted together: keyword arguments of ``from_linear`` by path.
+
+    Where ``output`` drops input columns and ``intermediate`` is packed too, nobody reads those rows of
+    ``intermediate``: they are dropped as well, and ``output`` need not gather.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    if not any(isinstance(config, NMConfig) and config.columns is not None for config in chosen.values()):
+        return found
+    try:
+        pairs = feed_forward_pairs(model)
+    except ValueError:
+        # A family without roles: x is gathered.
+        return found
+    for inner, outer in pairs:
+        config = chosen.get(outer.path)
+        if not isinstance(config, NMConfig) or config.columns is None or inner.path not in chosen:
+            continue
+        weight = outer.module.weight.detach()  # type: ignore[union-attr, operator]
+        count = nm.column_count(weight.shape[1], config.columns, config.m)
+        columns = nm.kept_columns(weight, count, name=outer.path) if pruned else nm.choose_columns(weight, count)
+        rows = _inner_rows(columns, inner, outer)
+        if len(columns) < weight.shape[1] and not _loses_rank(chosen[inner.path], inner, len(rows), pruned=pruned):
+            found[inner.path] = {"kept_rows": rows}
+            found[outer.path] = {"columns": columns, "compact_input": True}
+    return found
+
+
+def _pack(
+    linear: nn.Linear,
+    config: Config,
+    path: str,
+    factors: Mapping[str, Tensor] | None,
+    *,
+    kept_rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    compact_input: bool = False,
+) -> PackedLinear:
+    """``linear`` packed, after one-shot compression where ``factors`` is None."""
     if reason := refusal(linear, config):
         raise ValueError(f"{path}: {reason}")
-    if not prune:
-        return NMLinear.from_linear(linear, config, name=path), 1.0
-    weight = linear.weight.detach()
-    # A view of the layer with the pruned weight: the model's own layer must stay as it is until all are packed.
-    pruned = copy.copy(linear)
-    pruned._parameters = dict(linear._parameters)
-    pruned._parameters["weight"] = nn.Parameter(nm.project(weight, config.n, config.m), requires_grad=False)
-    before = float(weight.float().square().sum())
-    after = float(pruned.weight.float().square().sum())
-    return NMLinear.from_linear(pruned, config, name=path), after / before if before else 1.0
+    if factors is None:
+        weight = linear.weight.detach()
+        # Rows that are dropped take no part: what a method may spend on a matrix goes to the others.
+        rows = torch.arange(weight.shape[0], device=weight.device) if kept_rows is None else kept_rows.long()
+        found = one_shot.approximate(weight[rows], config, name=path)
+        linear = _with_weight(linear, _in_rows(found.weight, rows, weight.shape[0]))
+        factors = {
+            name: factor if name == "v" else _in_rows(factor, rows, weight.shape[0])
+            for name, factor in found.factors.items()
+        }
+    return MODULES[config.format].from_linear(
+        linear,
+        config,
+        name=path,
+        factors=factors,
+        columns=columns,
+        kept_rows=kept_rows,
+        compact_input=compact_input,
+    )
+
+
+def _inner_rows(columns: Tensor, inner: LayerRef, outer: LayerRef) -> Tensor:
+    """The outputs of ``intermediate`` that become these inputs of ``output``; a gated one has two halves of them."""
+    width = _dense_shape(outer.module)[1]
+    return torch.cat([columns + half * width for half in range(_dense_shape(inner.module)[0] // width)])
+
+
+def _dense_shape(layer: nn.Module) -> tuple[int, int]:
+    """``(out_features, in_features)`` of a linear layer, packed or not, before any compaction."""
+    if isinstance(layer, PackedLinear):
+        return layer.dense_out_features, layer.dense_in_features
+    return layer.out_features, layer.in_features  # type: ignore[return-value]
+
+
+def _loses_rank(config: Config, inner: LayerRef, rows: int, *, pruned: bool) -> bool:
+    """Whether so few rows of ``intermediate`` cannot have the rank of its factors; x is gathered then."""
+    if not isinstance(config, LowRankConfig | LowRankSparseConfig):
+        return False
+    out_features, in_features = _dense_shape(inner.module)
+    return one_shot.rank_of(config, out_features if pruned else rows, in_features) > min(rows, in_features)
+
+
+def _in_rows(part: Tensor, rows: Tensor, count: int) -> Tensor:
+    """``part`` in the places ``rows`` of ``count`` rows, zeros elsewhere."""
+    return part.new_zeros(count, part.shape[1]).index_copy_(0, rows, part)
+
+
+def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A view of the layer with another weight: the model's own must stay as it is until all layers are packed."""
+    view = copy.copy(linear)
+    view._parameters = dict(linear._parameters)
+    view._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    return view
+
+
+def _kept_energy(weight: Tensor, packed: PackedLinear) -> float:
+    """1 - |W - W'|^2 / |W|^2 (squared Frobenius norms), W' being what ``packed`` holds."""
+    total = float(weight.float().square().sum())
+    lost = float((weight.float() - packed.to_linear().weight.detach().float()).square().sum())
+    return 1 - lost / total if total else 1.0
 
 
 def _write_config(model: nn.Module) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsebert.bench.timing import Timing, measure_together
-from sparsebert.nn import NMLinear
-from sparsebert.ops import layouts, measurements, nm_linear, select
+from sparsebert.nn import PackedLinear
+from sparsebert.ops import layouts, measurements, select
 from sparsebert.report import packed_layers, table
 
 Progress = Callable[[int, int, str], None]
@@ -83,7 +83,7 @@ def tune(
     if not counts:
         raise ValueError("tune: tokens is empty, expected at least one token count")
     layers = packed_layers(model)
-    distinct = {(m.spec(), m.dtype, m.device): m for _, m in layers}
+    distinct = {(m.spec, m.dtype, m.device): m for _, m in layers}
     jobs = [(module, count) for module in distinct.values() for count in counts]
     results, rows, mode = [], [], ""
     for done, (module, count) in enumerate(jobs):
@@ -91,13 +91,13 @@ def tune(
             progress(done, len(jobs), f"{module.out_features} x {module.in_features}, {count} tokens")
         timings, backends = _compare(module, count, budget_s)
         mode = next(iter(timings.values())).mode
-        op = measurements.op_name(module.spec())
+        op = measurements.op_name(module.spec)
         dtype = str(module.dtype).removeprefix("torch.")
         medians = {name: timing.median_us for name, timing in timings.items()}
         results.append(TunedLayer(op, module.out_features, module.in_features, dtype, count, medians))
         rows += [
             measurements.make_row(
-                module.spec(),
+                module.spec,
                 name,
                 count,
                 module.dtype,
@@ -112,35 +112,32 @@ def tune(
     held, reasons = {}, {}
     for path, module in layers:
         module.prepare_("auto")
-        fastest = measurements.fastest_layout(module.spec(), module.dtype, module.device)
+        fastest = measurements.fastest_layout(module.spec, module.dtype, module.device)
         held[path] = module.layout
         reasons[path] = fastest.reason if fastest else "not measured here"
     return TuneReport(measurements.device_name(layers[0][1].device), mode, tuple(results), held, reasons, str(file))
 
 
-def _compare(module: NMLinear, tokens: int, budget_s: float) -> tuple[dict[str, Timing], dict[str, str]]:
+def _compare(module: PackedLinear, tokens: int, budget_s: float) -> tuple[dict[str, Timing], dict[str, str]]:
     """Times and backends of every layout this device can hold for ``module``, on random rows."""
-    spec, dtype, device = module.spec(), module.dtype, module.device
-    values, positions = module.neutral()
-    dense = layouts.get("neutral").to_dense([values, positions], spec)
-    x = torch.randn(tokens, module.in_features, device=device).to(dtype)
+    spec, dtype, device = module.spec, module.dtype, module.device
+    neutral = list(module.neutral())
+    x = torch.randn(tokens, spec.in_features, device=device).to(dtype)
     calls: dict[str, Callable[[], Tensor]] = {}
     backends = {}
-    for name in layouts.names():
-        if layouts.get(name).supports(spec, dtype, device) is not None:
+    for name in layouts.names(spec.op):
+        held = layouts.get(spec.op, name)
+        if held.supports(spec, dtype, device) is not None:
             continue
-        weight = [values, positions] if name == "neutral" else layouts.get(name).from_dense(dense, spec)
-        problem = select.Problem(
-            "nm_linear", name, device.type, select.capability(device), dtype, *spec, tokens, module.activation
-        )
-        calls[name] = _call(module, name, weight, x)
-        backends[name] = select.choose(problem).backend
+        calls[name] = _call(module, name, held.from_neutral(neutral, spec, dtype), x)
+        backends[name] = select.choose(select.problem_of(spec, name, x, module.activation)).backend
     return measure_together(calls, device=device, budget_s=budget_s, graph=device.type == "cuda"), backends
 
 
-def _call(module: NMLinear, layout: str, weight: list[Tensor], x: Tensor) -> Callable[[], Tensor]:
-    kwargs = {**module.spec()._asdict(), "layout": layout, "activation": module.activation}
-    return lambda: nm_linear(x, weight, module.bias, **kwargs)
+def _call(module: PackedLinear, layout: str, weight: list[Tensor], x: Tensor) -> Callable[[], Tensor]:
+    op = getattr(torch.ops.sparsebert, module.spec.op)
+    sizes = module.spec._asdict()
+    return lambda: op(x, weight, module.bias, layout=layout, activation=module.activation, **sizes)
 
 
 def _positive(tokens: int) -> int:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sparsebert.configs import GROUP_SIZES, NMConfig
 from sparsebert.formats import nm
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 PATTERNS = [(n, m) for m in GROUP_SIZES for n in range(1, m)]
 
 
@@ -22,7 +22,8 @@ def sparse_weights(draw):
     counts = torch.randint(0, n + 1, (rows, groups, 1), generator=generator)
     order = torch.rand(rows, groups, m, generator=generator).argsort(-1)
     weight = torch.where(order < counts, weight.view(rows, groups, m), 0.0).reshape(rows, groups * m)
-    return weight.to(draw(st.sampled_from(DTYPES))), n, m
+    dtype = draw(st.sampled_from([*DTYPES, torch.int8]))
+    return (weight * 40).clamp(-127, 127).to(dtype), n, m
 
 
 def naive_pack(weight, n, m):
@@ -59,10 +60,10 @@ def test_pack_is_the_definition_and_unpack_its_inverse(case):
     nm.validate(values, positions, n, m, *weight.shape)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
 @pytest.mark.parametrize(("n", "m"), PATTERNS, ids=lambda x: str(x))
 def test_every_pattern_round_trips(n, m, dtype):
-    weight = nm.project(torch.randn(7, 5 * m), n, m).to(dtype)
+    weight = (nm.project(torch.randn(7, 5 * m), n, m) * 20).to(dtype)
     values, positions = nm.pack(weight, n, m)
     assert values.dtype == dtype
     assert torch.equal(nm.unpack(values, positions, n, m, 5 * m), weight)
@@ -216,6 +217,11 @@ def test_validate_refuses_spare_slots_elsewhere():
         ),
         (torch.zeros(3, 6), torch.zeros(3, 2, dtype=torch.int8), "positions is int8, expected uint8"),
         (torch.zeros(3, 6, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.uint8), "values is int32"),
+        (
+            torch.zeros(3, 6),
+            torch.zeros(3, 2, dtype=torch.uint8, device="meta"),
+            "values is on cpu, positions on meta, expected one device",
+        ),
     ],
 )
 def test_validate_refuses_shapes_and_dtypes(values, positions, message):
@@ -251,3 +257,180 @@ def test_config_round_trip_and_parsing():
             config_from_dict(bad)
     with pytest.raises(TypeError, match="n is 2.0, expected an int"):
         NMConfig(2.0, 4)
+
+
+def test_int8_values_pack_to_these_bytes():
+    weight = torch.tensor([[0, 127, 0, -127], [0, 0, 0, 0], [0, 0, -1, 0]], dtype=torch.int8)
+    values, positions = nm.pack(weight, 2, 4)
+    assert values.dtype == torch.int8
+    assert values.tolist() == [[127, -127], [0, 0], [0, -1]]
+    assert positions.tolist() == [[0b1101], [0b0100], [0b1000]]
+    nm.validate(values, positions, 2, 4, 3, 4)
+    assert torch.equal(nm.unpack(values, positions, 2, 4, 4), weight)
+    assert nm.find_violation(weight, 2, 4) is None
+    assert nm.find_violation(torch.ones(2, 8, dtype=torch.int8), 2, 4) == (0, 0, 4)
+
+
+def test_int8_minus_128_is_refused():
+    weight = torch.tensor([[0, 0, 0, 0], [0, -128, 0, 0]], dtype=torch.int8)
+    with pytest.raises(ValueError, match="layer.3: weight holds -128 in row 1, expected -127 to 127"):
+        nm.pack(weight, 2, 4, name="layer.3")
+    values, positions = nm.pack(weight.clamp(-127), 2, 4)
+    values[1, 1] = -128
+    with pytest.raises(ValueError, match="some.layer: values holds -128 in row 1"):
+        nm.validate(values, positions, 2, 4, 2, 4, name="some.layer")
+
+
+@pytest.mark.parametrize("function", [nm.magnitude_mask, nm.project])
+def test_magnitudes_are_of_floats(function):
+    with pytest.raises(TypeError, match=r"weight is torch\.int8, expected a floating-point tensor"):
+        function(torch.zeros(2, 4, dtype=torch.int8), 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("in_features", "fraction", "m", "expected"),
+    [
+        (768, 1.0, 4, 768),
+        (768, 0.5, 4, 384),
+        (768, 0.3, 4, 224),  # 230.4
+        (768, 0.01, 4, 4),  # 7.68: no 32 fits, so a multiple of 4
+        (768, 0.001, 4, 4),  # 0.768: at least one group
+        (100, 1.0, 8, 96),  # a multiple of 8 where in_features is none
+        (100, 0.3, 16, 16),
+        (100, 0.29, 1, 29),  # 0.29 * 100 is 28.999999999999996 in floats
+        (4, 0.9, 4, 4),
+    ],
+)
+def test_column_count(in_features, fraction, m, expected):
+    assert nm.column_count(in_features, fraction, m) == expected
+
+
+@given(st.integers(1, 5000), st.floats(1e-4, 1.0), st.sampled_from(GROUP_SIZES))
+def test_column_count_is_a_multiple_that_fits(in_features, fraction, m):
+    if in_features < m:
+        with pytest.raises(ValueError, match=f"column_count: in_features is {in_features}, expected at least m = {m}"):
+            nm.column_count(in_features, fraction, m)
+        return
+    count = nm.column_count(in_features, fraction, m)
+    assert count % m == 0 and m <= count <= in_features
+    assert count == m or count <= fraction * in_features + 1e-6
+    if fraction * in_features >= 32:
+        assert count % 32 == 0
+
+
+@pytest.mark.parametrize("fraction", [0, -0.5, 1.01, float("nan"), float("inf")])
+def test_column_count_refuses_what_is_no_fraction(fraction):
+    with pytest.raises(ValueError, match="column_count: fraction is .*, expected above 0 and at most 1"):
+        nm.column_count(768, fraction, 4)
+
+
+def test_chosen_columns_have_the_largest_norms_and_ties_go_to_the_lower():
+    weight = torch.tensor([[3.0, 0.0, 4.0, -3.0, 0.0], [0.0, 5.0, 3.0, 0.0, 0.0]])
+    for count, expected in enumerate([[], [1], [1, 2], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]):
+        columns = nm.choose_columns(weight, count)
+        assert (columns.dtype, columns.tolist()) == (torch.int32, expected)
+        nm.validate_columns(columns, count, 5)
+    # The squares overflow 16 bits, and this difference is lost in float32.
+    assert nm.choose_columns(torch.tensor([[300.0, 301.0]]).half(), 1).tolist() == [1]
+    assert nm.choose_columns(torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64), 1).tolist() == [1]
+    with pytest.raises(ValueError, match="choose_columns: count is 6, expected 0 to 5"):
+        nm.choose_columns(weight, 6)
+
+
+def test_kept_columns_are_the_used_and_the_lowest_free():
+    weight = torch.zeros(3, 6)
+    weight[0, 4], weight[2, 1], weight[1, 3] = 1.0, -2.0, -0.0
+    assert [nm.kept_columns(weight, count).tolist() for count in (2, 3, 4, 6)] == [
+        [1, 4],
+        [0, 1, 4],
+        [0, 1, 2, 4],
+        [0, 1, 2, 3, 4, 5],
+    ]
+    assert nm.kept_columns(weight, 3).dtype == torch.int32
+    with pytest.raises(ValueError, match="layer.3: weight has 2 columns with a non-zero, expected at most 1"):
+        nm.kept_columns(weight, 1, name="layer.3")
+    with pytest.raises(ValueError, match="layer.3: count of columns is 7, expected 0 to 6"):
+        nm.kept_columns(weight, 7, name="layer.3")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 40), st.data())
+def test_columns_round_trip_and_nothing_else_passes(rows, in_features, data):
+    """Every column set of the right size passes the first check; the second leaves one of them a weight."""
+    used = data.draw(st.sets(st.integers(0, in_features - 1)))
+    count = data.draw(st.integers(len(used), in_features))
+    dtype = data.draw(st.sampled_from([*DTYPES, torch.int8]))
+    weight = torch.zeros(rows, in_features, dtype=dtype)
+    weight[:, sorted(used)] = 3
+    columns = nm.kept_columns(weight, count)
+    kept = weight[:, columns]
+    nm.validate_columns(columns, count, in_features, weight=kept)
+    assert torch.equal(nm.expand_columns(kept, columns, in_features), weight)
+    other = torch.tensor(sorted(data.draw(st.permutations(range(in_features)))[:count]), dtype=torch.int32)
+    nm.validate_columns(other, count, in_features)
+    kept = weight[:, other]
+    try:
+        nm.validate_columns(other, count, in_features, weight=kept)
+    except ValueError as error:
+        assert "which is not the lowest that is free" in str(error)
+        return
+    assert torch.equal(nm.kept_columns(nm.expand_columns(kept, other, in_features), count), other)
+
+
+def test_columns_compose_with_the_pattern():
+    weight = torch.zeros(4, 20)
+    weight[:, [1, 2, 9, 15]] = torch.randn(4, 4)
+    columns = nm.kept_columns(weight, 8)
+    assert columns.tolist() == [0, 1, 2, 3, 4, 5, 9, 15]
+    packed = nm.pack(weight[:, columns], 2, 4)
+    assert torch.equal(nm.expand_columns(nm.unpack(*packed, 2, 4, 8), columns, 20), weight)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (torch.tensor([0, 2, 5], dtype=torch.int64), "columns is int64, expected int32"),
+        (torch.tensor([0, 2], dtype=torch.int32), r"columns has shape \(2,\), expected \(3,\)"),
+        (torch.tensor([[0, 2, 5]], dtype=torch.int32), r"columns has shape \(1, 3\), expected \(3,\)"),
+        (torch.tensor([0, 2, 2], dtype=torch.int32), "columns has 2 after 2 at 2, expected strictly ascending"),
+        (torch.tensor([3, 2, 5], dtype=torch.int32), "columns has 2 after 3 at 1, expected strictly ascending"),
+        (torch.tensor([-1, 2, 5], dtype=torch.int32), "columns has -1, expected 0 to 7"),
+        (torch.tensor([0, 2, 8], dtype=torch.int32), "columns has 8, expected 0 to 7"),
+        (torch.tensor([-(2**31), 0, 2**31 - 1], dtype=torch.int32), "columns has -2147483648, expected 0 to 7"),
+    ],
+)
+def test_validate_columns_refuses(columns, message):
+    with pytest.raises(ValueError, match=f"some.layer: {message}"):
+        nm.validate_columns(columns, 3, 8, name="some.layer")
+
+
+def test_validate_columns_refuses_sizes_and_spare_columns_elsewhere():
+    columns = torch.tensor([0, 2, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="nm: columns: count is 3, expected 0 to 2"):
+        nm.validate_columns(columns, 3, 2)
+    with pytest.raises(ValueError, match=r"nm: weight has shape \(4, 2\), expected \(out_features, 3\)"):
+        nm.validate_columns(columns, 3, 8, weight=torch.ones(4, 2))
+    with pytest.raises(ValueError, match="nm: columns is on cpu, weight on meta, expected one device"):
+        nm.validate_columns(columns, 3, 8, weight=torch.ones(4, 3, device="meta"))
+    nm.validate_columns(columns, 3, 8, weight=torch.tensor([[0.0, 1.0, 1.0]]))
+    with pytest.raises(ValueError, match="nm: columns has the spare 5, which is not the lowest that is free"):
+        nm.validate_columns(columns, 3, 8, weight=torch.tensor([[1.0, 1.0, -0.0]]))
+
+
+def test_expand_columns_refuses_shapes():
+    columns = torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"expand_columns: columns has shape \(2,\), expected \(3,\)"):
+        nm.expand_columns(torch.ones(1, 3), columns, 8)
+    with pytest.raises(ValueError, match="expand_columns: count of columns is 2, expected 0 to 1"):
+        nm.expand_columns(torch.ones(1, 2), columns, 1)
+    with pytest.raises(ValueError, match="expand_columns: columns is int64, expected int32"):
+        nm.expand_columns(torch.ones(1, 2), columns.long(), 8)
+
+
+def test_columns_of_meta_tensors():
+    weight = torch.empty(6, 24, device="meta", dtype=torch.float16)
+    for columns in (nm.choose_columns(weight, 8), nm.kept_columns(weight, 8)):
+        assert (columns.shape, columns.dtype, columns.is_meta) == ((8,), torch.int32, True)
+        kept = torch.empty(6, 8, device="meta")
+        assert nm.expand_columns(kept, columns, 24).shape == (6, 24)
+        nm.validate_columns(columns, 8, 24, weight=kept)

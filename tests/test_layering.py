@@ -45,11 +45,14 @@ RULES = {
             "swap",
             "report",
             "tuning",
+            "calibration",
             "ops",
         ),
     ),
     "__main__": Rule(uses=("cli",)),
     "_transformers_hook": Rule(lazy_uses=("hf",), packages=()),
+    # What reads the files of a checkpoint: it must not depend on what it guards.
+    "storage": Rule(packages=()),
     # The core, from the bottom up: torch alone.
     "configs": Rule(packages=()),
     "roles": Rule(),
@@ -57,21 +60,22 @@ RULES = {
     "kernels": Rule(packages=("torch", "triton")),
     "ops": Rule(uses=("formats",), lazy_uses=("kernels", "_C"), lazy_packages=("triton",)),
     "nn": Rule(uses=("ops", "formats", "configs")),
-    "plan": Rule(uses=("formats", "configs", "roles"), packages=("torch", "safetensors")),
+    "plan": Rule(uses=("formats", "configs", "roles", "storage"), packages=("torch", "safetensors")),
     "report": Rule(uses=("nn", "ops", "formats", "plan", "roles", "configs")),
     "swap": Rule(uses=("nn", "formats", "configs", "plan", "roles", "report")),
     "methods": Rule(uses=("formats", "configs", "plan", "roles")),
+    "calibration": Rule(uses=("nn", "formats", "report")),
     "tuning": Rule(uses=("nn", "ops", "roles", "report", "swap", "bench.timing")),
     # transformers lives here and nowhere else.
     "hf": Rule(
-        uses=("swap", "methods", "nn", "report", "plan", "configs"),
+        uses=("swap", "methods", "nn", "report", "plan", "configs", "storage"),
         packages=("torch", "transformers", "safetensors"),
         lazy_packages=("accelerate",),
     ),
-    # On top: the public API. `roles` and `configs` are the words a user types.
+    # On top: the public API. `roles` and `configs` are the words a user types, `plan` the file he gives.
     "bench": Rule(uses=("public",), packages=("torch", "numpy"), lazy_packages=("matplotlib",)),
     "cli": Rule(
-        uses=("public", "bench", "configs", "roles"),
+        uses=("public", "bench", "configs", "plan", "calibration", "roles", "storage"),
         packages=("torch", "typer", "rich", "safetensors"),
         lazy_packages=("matplotlib", "numpy", "sklearn"),
     ),

@@ -15,11 +15,17 @@ CONFIG = sb.NMConfig(2, 4)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_role_of_every_layer(family):
-    layers = find_layers(tiny_model(family))
-    assert [(layer.index, layer.role) for layer in layers] == [(i, role) for i in range(2) for role in ROLES]
+    model = tiny_model(family)
+    fused = model.config.model_type == "modernbert"
+    attention = ["query_key_value"] if fused else ["query", "key", "value"]
+    roles = [*attention, "attention_output", "intermediate", "output"]
+    assert roles == [role for role in ROLES if role in roles]
+    layers = find_layers(model)
+    assert [(layer.index, layer.role) for layer in layers] == [(i, role) for i in range(2) for role in roles]
     for layer in layers:
         assert type(layer.module) is nn.Linear
-        expected = {"intermediate": (64, 32), "output": (32, 64)}.get(layer.role, (32, 32))
+        shapes = {"intermediate": (128 if fused else 64, 32), "output": (32, 64), "query_key_value": (96, 32)}
+        expected = shapes.get(layer.role, (32, 32))
         assert tuple(layer.module.weight.shape) == expected
 
 

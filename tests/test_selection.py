@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sparsebert.ops import layout_choice, layouts, measurements, select
-from sparsebert.ops.layouts import Spec
+from sparsebert.ops.specs import NMSpec
 
-SPEC = Spec(2, 4, 768, 3072)
+SPEC = NMSpec(2, 4, 768, 3072)
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 
@@ -24,12 +24,11 @@ def table(tmp_path, monkeypatch):
 
 def problem(layout="neutral", **change):
     values = {
-        "op": "nm_linear",
         "layout": layout,
         "device_type": "cpu",
         "capability": None,
         "dtype": torch.float32,
-        **SPEC._asdict(),
+        "spec": SPEC,
         "tokens": 128,
         "activation": "none",
     }
@@ -95,22 +94,22 @@ def test_environment_forces_a_backend():
 @pytest.mark.parametrize(
     ("spec", "dtype", "text"),
     [
-        (Spec(2, 4, 768, 768), torch.float16, "needs a CUDA device"),
-        (Spec(2, 8, 768, 768), torch.float16, "needs a CUDA device"),
+        (NMSpec(2, 4, 768, 768), torch.float16, "needs a CUDA device"),
+        (NMSpec(2, 8, 768, 768), torch.float16, "needs a CUDA device"),
     ],
 )
 def test_sparse_tensor_core_layouts_refuse_a_cpu(spec, dtype, text):
     for name in ("cusparselt", "cutlass"):
-        assert text in layouts.get(name).supports(spec, dtype, CPU)
+        assert text in layouts.get("nm_linear", name).supports(spec, dtype, CPU)
 
 
 @pytest.mark.parametrize(
     ("spec", "dtype", "capability", "text"),
     [
-        (Spec(2, 8, 768, 768), torch.float16, (9, 0), "needs a 2:4 pattern, not 2:8"),
-        (Spec(2, 4, 768, 768), torch.float32, (9, 0), "needs float16 or bfloat16, not float32"),
-        (Spec(2, 4, 768, 768), torch.float16, (7, 5), "needs compute capability 8.0, found 7.5"),
-        (Spec(2, 4, 776, 768), torch.float16, (9, 0), "in multiples of"),
+        (NMSpec(2, 8, 768, 768), torch.float16, (9, 0), "needs a 2:4 pattern, not 2:8"),
+        (NMSpec(2, 4, 768, 768), torch.float32, (9, 0), "needs float16 or bfloat16, not float32"),
+        (NMSpec(2, 4, 768, 768), torch.float16, (7, 5), "needs compute capability 8.0, found 7.5"),
+        (NMSpec(2, 4, 776, 768), torch.float16, (9, 0), "in multiples of"),
     ],
 )
 def test_sparse_tensor_core_layouts_say_why(monkeypatch, spec, dtype, capability, text):
@@ -118,7 +117,7 @@ def test_sparse_tensor_core_layouts_say_why(monkeypatch, spec, dtype, capability
 
     monkeypatch.setattr(torch_sparse, "capability", lambda device: capability)
     for name in ("cusparselt", "cutlass"):
-        assert text in layouts.get(name).supports(spec, dtype, CUDA)
+        assert text in layouts.get("nm_linear", name).supports(spec, dtype, CUDA)
 
 
 def test_cutlass_layout_gives_the_weight_back():
@@ -126,13 +125,17 @@ def test_cutlass_layout_gives_the_weight_back():
     from sparsebert.formats import nm
 
     for n, m in ((2, 4), (1, 4), (1, 2)):
-        spec = Spec(n, m, 128, 64)
+        spec = NMSpec(n, m, 128, 64)
         dense = nm.project(torch.randn(64, 128), n, m).half()
         dense[3] = 0
-        held = layouts.get("cutlass")
-        weight = held.from_dense(dense, spec)
-        held.check(weight, spec)
-        assert torch.equal(held.to_dense(weight, spec), dense)
+        held = layouts.get("nm_linear", "cutlass")
+        neutral = list(nm.pack(dense, n, m))
+        weight = held.from_neutral(neutral, spec, torch.float16)
+        for tensor, expected in zip(weight, held.tensors(spec).values(), strict=True):
+            assert expected.shape in (None, tuple(tensor.shape))
+            assert tensor.dtype == (torch.float16 if expected.dtype == layouts.COMPUTE else expected.dtype)
+        assert torch.equal(held.to_dense(weight, spec, torch.float16), dense)
+        assert all(torch.equal(a, b) for a, b in zip(held.to_neutral(weight, spec), neutral, strict=True))
 
 
 def test_defaults_say_that_nothing_was_measured():
@@ -162,7 +165,7 @@ def test_a_layout_measured_at_fewer_counts_does_not_qualify():
 
 def test_measurements_hold_for_their_key_alone():
     record(dense={128: 10.0}, neutral={128: 1.0})
-    for spec, dtype in ((Spec(1, 4, 768, 3072), torch.float32), (Spec(2, 4, 768, 768), torch.float32)):
+    for spec, dtype in ((NMSpec(1, 4, 768, 3072), torch.float32), (NMSpec(2, 4, 768, 768), torch.float32)):
         assert layout_choice.best(spec, dtype, CPU).source == "default"
     assert layout_choice.best(SPEC, torch.float16, CPU).source == "default"
 

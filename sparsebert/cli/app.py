@@ -42,6 +42,11 @@ def _one_of(names: tuple[str, ...], text: str | None, option: str) -> None:
         raise typer.BadParameter(f"{text!r} is not one of {', '.join(names)}", param_hint=f"'{option}'")
 
 
+def _names(text: str | None) -> list[str] | None:
+    """``A,B`` as a list."""
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
 def _device(text: str | None) -> str | None:
     if text is not None and re.fullmatch(r"cpu|cuda(:\d+)?", text) is None:
         raise typer.BadParameter(f"{text!r} is not a device; it is cpu, cuda or cuda:1", param_hint="'--device'")
@@ -81,16 +86,30 @@ def compress(
     context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to save to, new or empty.")],
-    pattern: Annotated[
+    spec: Annotated[
         str | None,
-        typer.Option(metavar="N:M", help="Pattern for all encoder linears: 2:4 keeps 2 of every 4 weights."),
+        typer.Option(
+            "--format",
+            metavar="SPEC",
+            help="Format of all encoder linears: 2:4 keeps 2 of every 4 weights, 2:4@0.5 does so in half of the "
+            "columns, bitmap:0.1 keeps a tenth anywhere, low-rank:0.25 (or :r64) factorizes, "
+            "low-rank:0.15+rows:0.1 (or +2:4, +bitmap:0.1) adds a sparse part, int8, int8-static, int8+2:4.",
+        ),
     ] = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="WHICH=N:M|dense",
-            help="Another pattern, or none, for a role (query, key, value, attention_output, intermediate, output), a "
+            metavar="WHICH=SPEC|dense",
+            help="Another format, or none, for a role (query, key, value, attention_output, intermediate, output), a "
             "layer's path or a glob over paths. Repeatable.",
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Instead of --format: a folder with plan.json, or a JSON file. Its 'layers' say how the weights are "
+            "compressed already, which is verified; its 'selection' is compressed in one shot.",
         ),
     ] = None,
     ignore: Annotated[
@@ -103,31 +122,61 @@ def compress(
     layout: Annotated[
         str, typer.Option(help="How packed weights are held for the report of memory; the file is the same.")
     ] = "auto",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For int8-static: .tsv or .csv with texts as the model will meet them."),
+    ] = None,
+    calibrate_stdlib: Annotated[
+        bool,
+        typer.Option("--calibrate-stdlib", help="For int8-static: docstrings of Python's library instead of a file."),
+    ] = False,
+    calibration_method: Annotated[
+        str | None,
+        typer.Option(metavar="minmax|percentile|mse", help="How large inputs are clipped; by default minmax, not."),
+    ] = None,
+    text_columns: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Of --calibrate; by default sentence1, and sentence2 if there.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a saved model that is in OUT.")] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Prune a dense model to n:m in one shot, by magnitude, pack it and save it.
+    """Compress a dense model's encoder in one shot, or as a plan says, pack it and save it.
 
-    One-shot pruning costs accuracy; `sparsebert eval OUT --compare MODEL ...` tells how much.
+    One-shot compression costs accuracy; `sparsebert eval OUT --compare MODEL ...` tells how much.
     """
     from sparsebert.cli import compress as command
-    from sparsebert.configs import NMConfig
+    from sparsebert.cli.calibrate import DEFAULT_METHOD, METHODS, Text
+    from sparsebert.configs import parse_config
 
-    config = None if pattern is None else _parsed(NMConfig.parse, pattern, "--pattern")
-    layers = [_parsed(command.parse_layer, text, "--layer") for text in layer or ()]
-    if config is None and not layers:
-        raise typer.BadParameter("give --pattern, such as 2:4, or --layer", param_hint="'--pattern'")
+    every = None if spec is None else _parsed(parse_config, spec, "--format")
+    layers = dict(_parsed(command.parse_layer, text, "--layer") for text in layer or ())
+    if plan is None and every is None and not layers:
+        raise typer.BadParameter("give --format, such as 2:4, --layer or --plan", param_hint="'--format'")
+    if plan is not None:
+        for option, given in (("--format", spec), ("--layer", layer), ("--ignore", ignore)):
+            if given:
+                raise typer.BadParameter(f"a plan says it all; it does not go with {option}", param_hint="'--plan'")
+    if calibrate is not None and calibrate_stdlib:
+        raise typer.BadParameter("give --calibrate FILE or --calibrate-stdlib, not both", param_hint="'--calibrate'")
+    if calibration_method is not None and calibrate is None and not calibrate_stdlib:
+        raise typer.BadParameter("needs --calibrate FILE or --calibrate-stdlib", param_hint="'--calibration-method'")
+    if text_columns is not None and calibrate is None:
+        raise typer.BadParameter("needs --calibrate FILE", param_hint="'--text-columns'")
+    _one_of(METHODS, calibration_method, "--calibration-method")
     _one_of(DTYPES, dtype, "--dtype")
     _device(device)
+    text = None
+    if calibrate is not None or calibrate_stdlib:
+        text = Text(calibrate, _names(text_columns), calibration_method or DEFAULT_METHOD)
     _run(
         context,
         lambda report: command.compress(
             model,
             out,
-            pattern=config,
-            layers=layers,
+            wanted=command.Wanted(every, layers) if plan is None else command.read_plan(plan),
             ignore=ignore or (),
+            text=text,
             dtype=dtype,
             layout=layout,
             device=device,
@@ -196,7 +245,7 @@ def evaluate(
             model,
             data=data,
             task=task,
-            text_columns=None if text_columns is None else [name.strip() for name in text_columns.split(",")],
+            text_columns=_names(text_columns),
             label_column=label_column,
             batch_size=batch_size,
             max_length=max_length,
@@ -258,20 +307,32 @@ def demo(
         int | None,
         typer.Option(min=1, help="Distillation steps; by default as many as take about two minutes on two cores."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the training batches.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Draws the training batches; by default 0.")] = None,
+    all_formats: Annotated[
+        bool,
+        typer.Option("--all-formats", help="Instead: every format in one shot, without training, in one table."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Take a real model through everything on the CPU: prune, recover, pack, save, reload, compare."""
+    for option, given in (("--steps", steps), ("--seed", seed)):
+        if all_formats and given is not None:
+            raise typer.BadParameter(f"trains nothing, so there is no {option}", param_hint="'--all-formats'")
     # Made here: while a command works, what is printed goes to stderr.
     console = output(to_stderr=as_json)
 
     def work(report: Report) -> dict[str, Any]:
         from sparsebert.cli import demo as command
 
+        place = out or command.DEFAULT_OUT
+        if all_formats:
+            from sparsebert.cli.all_formats import run_all_formats
+
+            return run_all_formats(out=place, console=console, quiet=False)
         return command.run_demo(
-            out=out or command.DEFAULT_OUT,
+            out=place,
             steps=steps or command.DEFAULT_STEPS,
-            seed=seed,
+            seed=seed or 0,
             console=console,
             quiet=False,
         )

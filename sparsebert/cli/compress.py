@@ -1,47 +1,112 @@
-"""``sparsebert compress``: one-shot magnitude pruning of a dense checkpoint into a packed one."""
+"""``sparsebert compress``: a dense checkpoint into a packed one, in one shot or as a plan says."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import shutil
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsebert import storage
+from sparsebert.cli import calibrate
 from sparsebert.cli.common import Rendered, Report, few, megabytes, size_table, table, the_device
-from sparsebert.configs import NMConfig
-from sparsebert.roles import ROLES
+from sparsebert.configs import (
+    BitmapConfig,
+    Config,
+    Int8Config,
+    LowRankConfig,
+    LowRankSparseConfig,
+    NMConfig,
+    parse_config,
+)
+from sparsebert.plan import FACTORS_FILE, PLAN_FILE, CompressionPlan, load_selection
+from sparsebert.roles import family_of
 
-STEPS = ("looking up the model", "loading", "pruning and packing", "saving", "checking the files")
+STEPS = ("looking up the model", "loading", "compressing and packing", "calibrating", "saving", "checking the files")
 
 
-def parse_layer(text: str) -> tuple[str, NMConfig | None]:
+@dataclass(frozen=True)
+class Wanted:
+    """What to do to which layer: ``every`` encoder linear and ``layers`` by role or pattern (None is dense), or else a
+    ``plan``: a promise about weights that are already compressed, or a selection. ``source`` is the file it is from."""
+
+    every: Config | None = None
+    layers: Mapping[str, Config | None] | None = None
+    plan: CompressionPlan | None = None
+    source: str | None = None
+
+    @property
+    def configs(self) -> list[Config]:
+        if self.plan is not None:
+            return list(self.plan.layers.values())
+        found = [self.every, *(self.layers or {}).values()]
+        return [config for config in found if config is not None]
+
+    def spec(self, network: Any) -> Any:
+        """What ``sparsebert.compress_`` takes."""
+        if self.plan is not None:
+            return self.plan
+        roles = {} if self.every is None else dict.fromkeys(family_of(network).roles, self.every)
+        return {**roles, **(self.layers or {})}
+
+
+def parse_layer(text: str) -> tuple[str, Config | None]:
     """``intermediate=1:4`` or ``pooler.dense=dense`` as (role or pattern, config or None for dense)."""
     key, sign, value = text.partition("=")
     if not (key and sign):
         raise ValueError(f"{text!r} does not say what for which layer; write it as intermediate=1:4 or output=dense")
-    return key.strip(), None if value.strip() == "dense" else NMConfig.parse(value)
+    return key.strip(), None if value.strip() == "dense" else parse_config(value)
+
+
+def read_plan(path: Path) -> Wanted:
+    """The plan in a folder with plan.json, and plan.safetensors where it has factors, or in a JSON file.
+
+    ``ValueError`` naming the file where there is none, or something else.
+    """
+    file = path / PLAN_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file")
+    data = storage.read_json(file)
+    selection = load_selection(file)
+    if selection is not None:
+        return Wanted(layers=selection, source=str(path))
+    if file.name == PLAN_FILE:
+        return Wanted(plan=CompressionPlan.load(file.parent), source=str(path))
+    # A file by itself has no factors beside it.
+    try:
+        plan = CompressionPlan.from_dict(data)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    for layer, config in plan.layers.items():
+        if isinstance(config, LowRankConfig | LowRankSparseConfig):
+            raise ValueError(
+                f"{file}: {layer} is {config}, whose factors lie beside a plan; give the folder with {PLAN_FILE} and "
+                f"{FACTORS_FILE}"
+            )
+    return Wanted(plan=plan, source=str(path))
 
 
 def compress(
     model: str,
     out: Path,
     *,
-    pattern: NMConfig | None,
-    layers: Sequence[tuple[str, NMConfig | None]] = (),
+    wanted: Wanted,
     ignore: Sequence[str] = (),
+    text: calibrate.Text | None = None,
     dtype: str | None = None,
     layout: str = "auto",
     device: str | None = None,
     force: bool = False,
     report: Report = lambda done, total, text: None,
 ) -> dict[str, Any]:
-    """Prunes and packs ``model`` and saves it to the folder ``out``, all of it or nothing; returns what was done.
+    """Compresses and packs ``model`` and saves it to the folder ``out``, all of it or nothing; returns what was done.
 
-    ``pattern`` is for every encoder linear and ``layers`` for those named; ``dtype`` None keeps the stored one.
+    ``text`` is what static int8 layers are calibrated on; ``dtype`` None keeps the stored one.
     """
     import torch
 
@@ -52,10 +117,10 @@ def compress(
     def step(index: int) -> None:
         report(index, len(STEPS), STEPS[index])
 
-    selection: dict[str, NMConfig | None] = {} if pattern is None else dict.fromkeys(ROLES, pattern)
-    selection.update(layers)
     where = the_device(device)
     target = _target(out, force)
+    _check_calibration(wanted.configs, text)
+    rows = [] if text is None else text.read(report)
     step(0)
     source = models.find(model)
     if source.packed:
@@ -65,24 +130,34 @@ def compress(
     step(1)
     # Before the work, not after it.
     tokenizer = models.load_tokenizer(source)
+    if text is not None and tokenizer is None:
+        raise ValueError(f"{model}: has no tokenizer, which calibrating on text needs")
     loaded = models.load(source, device=where, dtype=None if dtype is None else getattr(torch, dtype))
     network = loaded.model
     _refuse_non_finite(network)
     step(2)
-    done = sparsebert.compress_(network, selection, ignore=ignore, layout=layout)
-    step(3)
+    done = sparsebert.compress_(network, wanted.spec(network), ignore=ignore, layout=layout)
+    calibration = None
+    if text is not None:
+        step(3)
+        calibration = calibrate.calibrate(network, tokenizer, rows, text, model, report)
+    step(4)
     with _appearing(target) as folder, models.quiet_transformers():
         sparsebert.save_pretrained(network, folder, tokenizer=tokenizer)
-        step(4)
+        step(5)
         written = info.inspect(str(folder))
+    packed = [parse_config(layer.config) for layer in done.layers]
     return {
         "model": model,
         "out": str(out),
         "architecture": type(network).__name__,
-        "method": "magnitude, one-shot",
+        "method": one_shot_method(packed) if wanted.plan is None else "as the plan says",
+        "plan": wanted.source,
         "dtype": str(network.dtype).removeprefix("torch."),
         "device": device_label(where),
+        "formats": _by_role(done.layers),
         **done.to_dict(),
+        "calibration": calibration,
         "file_bytes": written["file_bytes"],
         "tokenizer": tokenizer is not None,
         "untrained": list(loaded.untrained),
@@ -91,15 +166,36 @@ def compress(
     }
 
 
+def one_shot_method(configs: Iterable[Config]) -> str:
+    """What compressing to ``configs`` without training does, in words: ``one-shot: magnitude``."""
+    return f"one-shot: {'; '.join(dict.fromkeys(_one_shot_step(config) for config in configs))}"
+
+
+def _one_shot_step(config: Config) -> str:
+    if isinstance(config, NMConfig):
+        return "magnitude" if config.columns is None else "columns by their norm, then magnitude"
+    if isinstance(config, BitmapConfig):
+        return "magnitude"
+    if isinstance(config, LowRankConfig):
+        return "truncated SVD"
+    if isinstance(config, LowRankSparseConfig):
+        return "truncated SVD, then magnitude on what it leaves"
+    return "rounding" if config.weights is None else "magnitude, then rounding"
+
+
 def render(result: dict[str, Any]) -> Rendered:
     packed, skipped = result["layers"], result["skipped"]
     linears = len(packed) + len(skipped)
-    yield f"{result['architecture']}: packed {len(packed)} of {linears} linear layers, {result['dtype']}"
+    # A plan says nothing about the layers that it leaves out.
+    of = f" of {linears}" if skipped else ""
+    yield f"{result['architecture']}: packed {len(packed)}{of} linear layers, {result['dtype']}"
+    by_plan = "" if result["plan"] is None else f" ({result['plan']})"
+    yield f"Method: {result['method']}{by_plan}"
     groups = defaultdict(list)
     for layer in packed:
-        groups[layer["role"] or layer["path"], layer["config"]].append(layer["kept_energy"])
+        groups[layer["role"] or layer["path"], layer["config"], layer["description"]].append(layer["kept_energy"])
     yield table(
-        ["role", "pattern", "layers", "share of |W|^2 kept"],
+        ["role", "format", "packed as", "layers", "share of |W|^2 kept"],
         [[*key, str(len(kept)), f"{sum(kept) / len(kept):.3f}"] for key, kept in groups.items()],
     )
     reasons = defaultdict(list)
@@ -107,12 +203,16 @@ def render(result: dict[str, Any]) -> Rendered:
         reasons[reason].append(path)
     for reason, paths in reasons.items():
         yield f"Left dense: {few(paths)}: {reason}"
+    if calibration := result["calibration"]:
+        yield (
+            f"Calibrated {len(calibration['layers'])} layers on {calibration['rows_used']:,} of "
+            f"{calibration['rows']:,} rows, {calibration['method']}: {calibration['data']}"
+        )
     size = result["size"]
     yield size_table(size)
-    held = sorted({layer["layout"] for layer in packed})
-    on_cpu = held == ["dense"] and result["device"].startswith("CPU")
-    unpacked = "; a CPU computes with the unpacked weight" if on_cpu else ""
-    yield f"In memory is as held on {result['device']}, layout {', '.join(held)}{unpacked}."
+    held = Counter(layer["layout"] for layer in packed)
+    unpacked = "; dense is the unpacked weight" if held["dense"] else ""
+    yield f"In memory is as held on {result['device']}, layout {', '.join(sorted(held))}{unpacked}."
     if result["untrained"]:
         names = few(result["untrained"])
         yield f"Warning: the checkpoint lacks {names}; they are random, here and in what was saved"
@@ -122,9 +222,34 @@ def render(result: dict[str, Any]) -> Rendered:
         yield "Note: there was no tokenizer beside the model, so none was saved"
     tokenizer = " and the tokenizer" if result["tokenizer"] else ""
     yield f"Saved to {result['out']}: {megabytes(result['file_bytes'])} of tensors{tokenizer}"
-    yield "One-shot pruning costs accuracy, and this command did not measure how much. To see:"
+    one_shot = result["method"].startswith("one-shot")
+    if one_shot:
+        yield "One-shot compression costs accuracy, and this command did not measure how much. To see:"
+    else:
+        yield "This command did not measure accuracy. To see:"
     yield f"    sparsebert eval {shlex.quote(result['out'])} --compare {shlex.quote(result['model'])} --data FILE"
-    yield "Training with a method of sparsebert.methods wins much of it back: `sparsebert demo` shows one such run."
+    if one_shot:
+        yield "Training with a method of sparsebert.methods can win much of it back; `sparsebert demo` shows one run."
+
+
+def _check_calibration(configs: Sequence[Config], text: calibrate.Text | None) -> None:
+    static = [config for config in configs if isinstance(config, Int8Config) and config.activations == "static"]
+    if static and text is None:
+        raise ValueError(
+            f"{static[0]}: static activations have one scale for all inputs, which has to be measured on text like "
+            f"theirs; give --calibrate FILE or --calibrate-stdlib, or take int8, which needs none"
+        )
+    if text is not None and not static:
+        formats = ", ".join(dict.fromkeys(map(str, configs)))
+        raise ValueError(f"calibration: is for int8-static, but what was asked for is {formats}")
+
+
+def _by_role(layers: Iterable[Any]) -> dict[str, dict[str, int]]:
+    """Role, or path where there is none -> config -> how many layers."""
+    found: dict[str, Counter[str]] = {}
+    for layer in layers:
+        found.setdefault(layer.role or layer.path, Counter())[layer.config] += 1
+    return {role: dict(configs) for role, configs in found.items()}
 
 
 def _target(out: Path, force: bool) -> Path:

@@ -5,7 +5,8 @@ text is the docstrings of the Python standard library. The demo measures retriev
 its summary) before and after one-shot pruning, wins quality back by distilling the model into its pruned
 self, packs, saves, reloads in a fresh process and demands the same embeddings there, bit for bit.
 
-``python -m sparsebert.cli.demo --reload MODEL TEXTS.json OUT.safetensors`` is that fresh process.
+``python -m sparsebert.cli.demo --reload REQUEST.json FOLDER`` is that fresh process. `sparsebert demo --all-formats`,
+which is in ``all_formats``, shares the task, the reload and the timing.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -160,6 +161,13 @@ class Task:
     queries: Texts
     documents: Texts
 
+    @classmethod
+    def of(cls, tokenizer: Any, queries: Sequence[str], documents: Sequence[str]) -> Task:
+        return cls(
+            Texts(tokenizer, queries, max_length=EVALUATION_LENGTH),
+            Texts(tokenizer, documents, max_length=EVALUATION_LENGTH),
+        )
+
     def embed(self, model: nn.Module, tick: Tick) -> tuple[Tensor, Tensor]:
         total = len(self.queries) + len(self.documents)
         queries = embed(model, self.queries, batch_size=EVALUATION_BATCH, progress=lambda n, _: tick(n, total))
@@ -181,6 +189,14 @@ class Reloaded:
     kernel: str
     sizes: dict[str, Any]
 
+    def difference(self, reference: tuple[Tensor, Tensor]) -> tuple[bool, float]:
+        """Whether its embeddings are those of ``reference`` bit for bit, and the largest difference."""
+        pairs = list(zip(reference, (self.queries, self.documents), strict=True))
+        return (
+            all(torch.equal(ours, theirs) for ours, theirs in pairs),
+            max((ours - theirs).abs().max().item() for ours, theirs in pairs),
+        )
+
 
 def run_demo(
     *, out: Path = DEFAULT_OUT, steps: int = DEFAULT_STEPS, seed: int = 0, console: Console, quiet: bool = False
@@ -195,21 +211,13 @@ def run_demo(
     """
     recipe = Recipe(steps=steps, seed=seed)
     folder = find_model()
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("demo: matplotlib is not installed; pip install 'sparsebert[demo]'")
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"demo: {out} is a file, expected a folder to write into")
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(out)
     progress = Steps(console, quiet)
     started = time.perf_counter()
 
     split = read_corpus(progress)
     dense, tokenizer = load_model(folder, progress)
-    task = Task(
-        Texts(tokenizer, [pair.summary for pair in split.evaluation], max_length=EVALUATION_LENGTH),
-        Texts(tokenizer, [pair.body for pair in split.evaluation], max_length=EVALUATION_LENGTH),
-    )
+    task = Task.of(tokenizer, *held_out_texts(split))
     scores: dict[str, RetrievalScore] = {}
     scores["dense"], _ = measure(dense, task, progress, "measure the dense model")
 
@@ -224,7 +232,7 @@ def run_demo(
     pruned = copy.deepcopy(model)
     checkpoint = out / "model"
     pack_and_save(model, plan, tokenizer, checkpoint, progress)
-    reloaded = reload_fresh(checkpoint, split, progress)
+    reloaded = reload_fresh({"model": checkpoint}, split, progress)["model"]
     scores["reloaded"] = score(reloaded.queries, reloaded.documents)
     neutral = sb.prepare_(copy.deepcopy(model), "neutral")
     timings = measure_latency({"dense": pruned, "packed": model, "neutral": neutral}, progress)
@@ -233,23 +241,17 @@ def run_demo(
         **judge(scores, reference, reloaded),
         "model": MODEL_NAME,
         "pattern": "{}:{}".format(*PATTERN),
-        "task": {
-            "text": "docstrings of the Python standard library: find the body by its summary",
-            "pairs": len(split.evaluation) + len(split.training),
-            "held_out": len(split.evaluation),
-            "training_texts": len(split.training_texts()),
-            "max_length": EVALUATION_LENGTH,
-        },
+        "task": describe(split),
         "recipe": asdict(recipe),
         "quality": {name: value.to_dict() for name, value in scores.items()},
         "sizes": {
-            "dense": _sizes(sb.size_report(dense).to_dict()),
-            "packed": _sizes(reloaded.sizes),
-            "neutral": _sizes(sb.size_report(neutral).to_dict()),
+            "dense": totals(sb.size_report(dense).to_dict()),
+            "packed": totals(reloaded.sizes),
+            "neutral": totals(sb.size_report(neutral).to_dict()),
         },
         "files": {
             "dense": (folder / "model.safetensors").stat().st_size,
-            "packed": sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")),
+            "packed": tensor_bytes(checkpoint),
         },
         "latency": {
             "device": device_label("cpu"),
@@ -290,11 +292,37 @@ def find_model() -> Path:
     )
 
 
+def make_folder(out: Path) -> Path:
+    """``out`` as a folder to write into; ``ValueError`` where it is a file or the picture could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("demo: matplotlib is not installed; pip install 'sparsebert[demo]'")
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"demo: {out} is a file, expected a folder to write into")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
 def read_corpus(progress: Steps) -> Split:
     with progress.step("read the docstrings of the standard library") as step:
         split = split_pairs(read_pairs(progress=step.tick), held_out=HELD_OUT)
         step.outcome = f"{len(split.training)} pairs to train on, {len(split.evaluation)} held out"
     return split
+
+
+def held_out_texts(split: Split) -> tuple[list[str], list[str]]:
+    """Queries and documents."""
+    return [pair.summary for pair in split.evaluation], [pair.body for pair in split.evaluation]
+
+
+def describe(split: Split) -> dict[str, Any]:
+    return {
+        "text": "docstrings of the Python standard library: find the body by its summary",
+        "pairs": len(split.evaluation) + len(split.training),
+        "held_out": len(split.evaluation),
+        "training_texts": len(split.training_texts()),
+        "max_length": EVALUATION_LENGTH,
+    }
 
 
 def load_model(folder: Path, progress: Steps) -> tuple[Any, Any]:
@@ -377,17 +405,19 @@ def pack_and_save(model: Any, plan: Any, tokenizer: Any, folder: Path, progress:
         step.outcome = f"{len(report.layers)} layers packed"
 
 
-def reload_fresh(folder: Path, split: Split, progress: Steps) -> Reloaded:
-    """Loads the checkpoint in a new Python process and has it embed the held-out texts."""
+def reload_fresh(folders: Mapping[str, Path], split: Split, progress: Steps) -> dict[str, Reloaded]:
+    """Loads the checkpoints, one after the other, in a new Python process and has them embed the held-out texts."""
     with progress.step("reload in a fresh process, embed there") as step, tempfile.TemporaryDirectory() as scratch:
-        request, answer = Path(scratch, "texts.json"), Path(scratch, "embeddings.safetensors")
-        texts = {
-            "queries": [pair.summary for pair in split.evaluation],
-            "documents": [pair.body for pair in split.evaluation],
+        request = Path(scratch, "request.json")
+        queries, documents = held_out_texts(split)
+        content = {
+            "models": {name: str(folder) for name, folder in folders.items()},
+            "queries": queries,
+            "documents": documents,
             "threads": torch.get_num_threads(),
         }
-        request.write_text(json.dumps(texts), encoding="utf-8")
-        command = [sys.executable, "-m", "sparsebert.cli.demo", "--reload", str(folder), str(request), str(answer)]
+        request.write_text(json.dumps(content), encoding="utf-8")
+        command = [sys.executable, "-m", "sparsebert.cli.demo", "--reload", str(request), scratch]
         with open(Path(scratch, "stderr"), "w+", encoding="utf-8") as stderr:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
             try:
@@ -406,29 +436,35 @@ def reload_fresh(folder: Path, split: Split, progress: Steps) -> Reloaded:
             said = stderr.read().strip().splitlines()
         if code:
             raise RuntimeError(f"demo: the fresh process ended with {code}: {said[-1] if said else 'no message'}")
-        tensors = load_file(answer)
-        report = json.loads(answer.with_suffix(".json").read_text(encoding="utf-8"))
-        step.outcome = f"{len(tensors['queries']) + len(tensors['documents'])} texts embedded"
-    return Reloaded(tensors["queries"], tensors["documents"], report["kernel"], report["sizes"])
+        found = {}
+        for place, name in enumerate(folders):
+            tensors = load_file(Path(scratch, f"{place}.safetensors"))
+            report = json.loads(Path(scratch, f"{place}.json").read_text(encoding="utf-8"))
+            found[name] = Reloaded(tensors["queries"], tensors["documents"], report["kernel"], report["sizes"])
+        step.outcome = f"{len(folders) * 2 * len(queries)} texts embedded"
+    return found
 
 
-def serve_reload(folder: Path, request: Path, answer: Path) -> None:
-    """The fresh process: loads `folder`, embeds the texts of `request`, writes `answer` and a report beside
-    it.
-    """
-    texts = json.loads(request.read_text(encoding="utf-8"))
+def serve_reload(request: Path, out: Path) -> None:
+    """The fresh process: loads each model of ``request``, embeds its texts, and writes embeddings and a report to
+    ``out``, numbered as the models are."""
+    content = json.loads(request.read_text(encoding="utf-8"))
     # Sums come out in another order on another number of threads.
-    torch.set_num_threads(texts["threads"])
-    model = sb.load_pretrained(folder)
-    tokenizer = models.load_tokenizer(models.find_folder(str(folder)))
-    task = Task(
-        Texts(tokenizer, texts["queries"], max_length=EVALUATION_LENGTH),
-        Texts(tokenizer, texts["documents"], max_length=EVALUATION_LENGTH),
-    )
-    queries, documents = task.embed(model, lambda done, total: print(done, total, flush=True))
-    save_file({"queries": queries, "documents": documents}, answer)
-    report = {"kernel": kernels_of(model), "sizes": sb.size_report(model).to_dict()}
-    answer.with_suffix(".json").write_text(json.dumps(report), encoding="utf-8")
+    torch.set_num_threads(content["threads"])
+    texts = content["queries"], content["documents"]
+    total = len(content["models"]) * sum(len(part) for part in texts)
+    for place, folder in enumerate(content["models"].values()):
+        model = sb.load_pretrained(folder)
+        tokenizer = models.load_tokenizer(models.find_folder(folder))
+        before = place * sum(len(part) for part in texts)
+
+        def tick(done: int, _: int, before: int = before) -> None:
+            print(before + done, total, flush=True)
+
+        queries, documents = Task.of(tokenizer, *texts).embed(model, tick)
+        save_file({"queries": queries, "documents": documents}, out / f"{place}.safetensors")
+        report = {"kernel": kernels_of(model), "sizes": sb.size_report(model).to_dict()}
+        (out / f"{place}.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def kernels_of(model: nn.Module) -> str:
@@ -440,8 +476,13 @@ def kernels_of(model: nn.Module) -> str:
     return "; ".join(f"{count} layers {text}" for text, count in counts.items())
 
 
-def measure_latency(candidates: dict[str, Any], progress: Steps) -> dict[tuple[int, int], dict[str, Timing]]:
-    """Times one forward pass of each model, in turns, at each of LATENCY_SHAPES, with every token in use."""
+def measure_latency(
+    candidates: Mapping[str, Any], progress: Steps, budget_s: float = LATENCY_BUDGET_S
+) -> dict[tuple[int, int], dict[str, Timing]]:
+    """Times one forward pass of each model, in turns, at each of LATENCY_SHAPES, with every token in use.
+
+    ``budget_s`` is what all of them together get at each shape.
+    """
     timings: dict[tuple[int, int], dict[str, Timing]] = {}
     with progress.step("measure latency") as step:
         for done, (batch, tokens) in enumerate(LATENCY_SHAPES):
@@ -454,16 +495,14 @@ def measure_latency(candidates: dict[str, Any], progress: Steps) -> dict[tuple[i
                     model(**inputs)
 
             calls = {name: (lambda model=model: forward(model)) for name, model in candidates.items()}
-            timings[batch, tokens] = measure_together(calls, device="cpu", budget_s=LATENCY_BUDGET_S)
+            timings[batch, tokens] = measure_together(calls, device="cpu", budget_s=budget_s)
     return timings
 
 
 def judge(scores: dict[str, RetrievalScore], reference: tuple[Tensor, Tensor], reloaded: Reloaded) -> dict[str, Any]:
     """Whether the demo shows what it promises; ``failures`` says in words what it does not."""
     failures = []
-    found = (reloaded.queries, reloaded.documents)
-    equal = all(torch.equal(ours, theirs) for ours, theirs in zip(reference, found, strict=True))
-    difference = max((ours - theirs).abs().max().item() for ours, theirs in zip(reference, found, strict=True))
+    equal, difference = reloaded.difference(reference)
     if not equal:
         failures.append(
             f"embeddings of the reloaded model differ from the pruned model's by up to {difference:.3g}, expected none"
@@ -580,8 +619,13 @@ def draw(result: dict[str, Any], file: Path) -> None:
 _COLOURS = ("#33658a", "#86bbd8", "#f26419", "#f6ae2d")
 
 
-def _sizes(report: dict[str, Any]) -> dict[str, Any]:
+def totals(report: dict[str, Any]) -> dict[str, Any]:
+    """A size report without its layers."""
     return {part: report[part] for part in ("encoder", "model")}
+
+
+def tensor_bytes(checkpoint: Path) -> int:
+    return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
 
 
 def _megabytes(count: int) -> str:
@@ -601,9 +645,7 @@ def _ratios(latency: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sparsebert.cli.demo", description="The demo's fresh process.")
-    parser.add_argument(
-        "--reload", nargs=3, required=True, type=Path, metavar=("MODEL", "TEXTS.json", "OUT.safetensors")
-    )
+    parser.add_argument("--reload", nargs=2, required=True, type=Path, metavar=("REQUEST.json", "FOLDER"))
     serve_reload(*parser.parse_args(arguments).reload)
 
 

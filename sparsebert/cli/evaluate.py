@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsebert.cli.common import Rendered, Report, few, table, the_device
+from sparsebert.cli.inputs import STDLIB_LENGTH, cut_length, pad, tokenize
 from sparsebert.cli.rows import LABEL_COLUMN, TEXT_COLUMNS, Row, label_ids, read_rows
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 TASKS = ("classification", "retrieval")
-STDLIB_LENGTH = 128
 # Spent on the latency of each model.
 TIMING_SECONDS = 2.0
 
@@ -29,9 +28,6 @@ _NAMES = {
 }
 # Retrieval holds every query against every document: this many take 3 GB.
 _MOST_PAIRS = 20_000
-_CHUNK = 512
-# Position embeddings of these start behind the padding index.
-_SHIFTED_POSITIONS = ("roberta", "xlm-roberta")
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def evaluate(
             raise ValueError(f"{source.name}: has no tokenizer, which turning text into its input needs")
         loaded = models.load(source, device=where, dtype=None if dtype is None else getattr(torch, dtype))
         network = loaded.model
-        length = _length(max_length, network.config, tokenizer, source.name)
+        length = cut_length(max_length, network.config, tokenizer, source.name)
         if task == "classification":
             _refuse_untrained(loaded.untrained, source.name)
             outcome = _classify(network, tokenizer, rows, data or Path(), source.name, length, batch_size, report)
@@ -105,6 +101,7 @@ def evaluate(
                 "architecture": type(network).__name__,
                 "compressed": source.packed,
                 "formats": _formats(network),
+                "unpacked_layers": _unpacked(network),
                 "dtype": str(network.dtype).removeprefix("torch."),
                 "max_length": length,
                 "texts_cut": outcome.cut,
@@ -175,8 +172,11 @@ def render(result: dict[str, Any]) -> Rendered:
     if len(dtypes := {entry["dtype"] for entry in entries}) > 1:
         both = " and ".join(sorted(dtypes))
         yield f"The two compute in {both}, which alone changes latency; --dtype makes them alike."
-    if not result["on_gpu"] and any(entry["compressed"] for entry in entries):
-        yield "On a CPU packed layers compute with the unpacked weight: 2:4 makes a model smaller there, not faster."
+    if not result["on_gpu"] and any(entry["unpacked_layers"] for entry in entries):
+        yield (
+            "Packed layers that a CPU holds as dense compute with the unpacked weight: the zeros of a pattern or a "
+            "bitmap make a model smaller on disk there, not faster."
+        )
 
 
 def _rows(
@@ -236,13 +236,13 @@ def _classify(
     if count < 2:
         raise ValueError(f"{name}: has {count} output, which is regression; classification needs two classes or more")
     labels = label_ids(rows, [str(network.config.id2label[i]) for i in range(count)], file)
-    inputs, cut = _tokenize(tokenizer, rows, length, report)
+    inputs, cut = tokenize(tokenizer, rows, length, report)
     lengths = [len(ids) for ids in inputs["input_ids"]]
     batches = length_batches(lengths, batch_size)
 
     def batch(indices: Sequence[int]) -> dict[str, Tensor]:
         picked = {key: [values[i] for i in indices] for key, values in inputs.items()}
-        return {key: tensor.to(network.device) for key, tensor in _pad(tokenizer, picked).items()}
+        return {key: tensor.to(network.device) for key, tensor in pad(tokenizer, picked).items()}
 
     predictions = [0] * len(rows)
     done = 0
@@ -290,50 +290,6 @@ def _retrieve(
     return Outcome(scores, None, cut, lambda: network(**typical), tuple(typical["input_ids"].shape))
 
 
-def _tokenize(
-    tokenizer: Any, rows: Sequence[Row], length: int, report: Report
-) -> tuple[dict[str, list[list[int]]], int]:
-    """The model's inputs by name, a list of ids for each row, and how many rows were longer than ``length``."""
-    from sparsebert.cli.models import quiet_transformers
-
-    inputs: dict[str, list[list[int]]] = {}
-    cut = 0
-    with quiet_transformers():
-        for start in range(0, len(rows), _CHUNK):
-            report(start, len(rows), "tokenizing")
-            part = rows[start : start + _CHUNK]
-            encoded = tokenizer(*_columns(part), truncation=True, max_length=length)
-            for key, values in encoded.items():
-                inputs.setdefault(key, []).extend(values)
-            # Cut or just as long? Only those at the limit have to be asked.
-            full = [row for row, ids in zip(part, encoded["input_ids"], strict=True) if len(ids) == length]
-            if full:
-                longer = tokenizer(*_columns(full), truncation=True, max_length=length + 1)["input_ids"]
-                cut += sum(len(ids) > length for ids in longer)
-    return inputs, cut
-
-
-def _columns(rows: Sequence[Row]) -> list[list[str]]:
-    return [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
-
-
-def _pad(tokenizer: Any, inputs: dict[str, list[list[int]]]) -> dict[str, torch.Tensor]:
-    from sparsebert.cli.models import quiet_transformers
-
-    with quiet_transformers():
-        return dict(tokenizer.pad(inputs, return_tensors="pt"))
-
-
-def _length(asked: int | None, config: Any, tokenizer: Any, name: str) -> int:
-    """Tokens to cut at: what was asked for, else the most that the model's position embeddings take."""
-    most = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if getattr(config, "model_type", None) in _SHIFTED_POSITIONS:
-        most -= config.pad_token_id + 1
-    if asked is not None and asked > most:
-        raise ValueError(f"{name}: takes at most {most} tokens, but --max-length is {asked}")
-    return min(most, tokenizer.model_max_length) if asked is None else asked
-
-
 def _refuse_headless(source: Any) -> None:
     if "ForSequenceClassification" not in (source.architecture or ""):
         raise ValueError(
@@ -353,6 +309,14 @@ def _formats(network: Any) -> dict[str, int]:
     import sparsebert
 
     return dict(Counter(layer.format for layer in sparsebert.size_report(network).layers))
+
+
+def _unpacked(network: Any) -> int:
+    """How many packed layers are held as the unpacked weight."""
+    import sparsebert
+
+    layers = sparsebert.size_report(network).layers
+    return sum(layer.layout == "dense" and layer.format != "dense" for layer in layers)
 
 
 def _what(entry: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsebert import storage
 from sparsebert.cli.common import few
 from sparsebert.swap import QUANT_METHOD
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# A config.json takes tens of kilobytes.
-MAX_JSON_BYTES = 8 << 20
 # At least one of these belongs to every tokenizer that transformers saves.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -75,20 +73,6 @@ class Loaded:
     dropped: tuple[str, ...] = ()
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of bounded size; ``ValueError`` naming the file for anything else."""
-    size = file.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{file}: {size} bytes, expected at most {MAX_JSON_BYTES}")
-    try:
-        data = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file}: holds a JSON {type(data).__name__}, expected an object")
-    return data
-
-
 def find_folder(name: str) -> Source:
     """The checkpoint in the folder ``name``."""
     folder = Path(name).expanduser()
@@ -96,10 +80,7 @@ def find_folder(name: str) -> Source:
         raise ValueError(f"{name}: there is no such folder")
     if not folder.is_dir():
         raise ValueError(f"{name}: is a file, expected the folder of a checkpoint")
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{name}: there is no config.json in it, so it is no checkpoint of transformers")
-    return Source(name, _checked(read_json(file), name), folder)
+    return Source(name, storage.read_config(folder), folder)
 
 
 def find(name: str) -> Source:
@@ -111,11 +92,11 @@ def find(name: str) -> Source:
 
     try:
         with quiet_transformers():
-            file = Path(str(cached_file(name, "config.json")))
+            file = Path(str(cached_file(name, storage.CONFIG)))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{name}: there is no such folder, and the hub did not give it: {reason}") from None
-    return Source(name, _checked(read_json(file), name), None)
+    return Source(name, storage.read_config(file.parent), None)
 
 
 def load(source: Source, *, device: torch.device, dtype: torch.dtype | None = None) -> Loaded:
@@ -191,14 +172,6 @@ def quiet_transformers() -> Iterator[None]:
 
 def _location(source: Source) -> str:
     return source.name if source.folder is None else os.fspath(source.folder)
-
-
-def _checked(config: dict[str, Any], name: str) -> dict[str, Any]:
-    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
-        # transformers reads such a name as a repository whose code it downloads and runs.
-        if "/" in json.dumps(config.get(key)):
-            raise ValueError(f"{name}: {key} names code of another repository ({config[key]!r}), which is refused")
-    return config
 
 
 def _model_class(architecture: str | None) -> Any:

@@ -69,6 +69,6 @@ def render(result: dict[str, Any]) -> Rendered:
     yield f"written to {result['table_file']}; models loaded on this device from now on choose by it"
     if not result["on_gpu"]:
         yield (
-            "These are this CPU's figures and say nothing about a GPU. sparsebert has no 2:4 kernel for CPUs, so "
-            "dense, the unpacked weight, is what to expect here."
+            "These are this CPU's figures and say nothing about a GPU. A CPU has no arithmetic for n:m patterns and "
+            "bitmaps, which compute as dense does there; only low rank, dropped columns and int8 can be faster."
         )

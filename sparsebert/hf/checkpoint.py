@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.utils import cached_file
 
+from sparsebert import storage
 from sparsebert.hf import quantizer
 from sparsebert.hf.model_card import MARKER, model_card
 from sparsebert.hf.quantizer import SparsebertConfig
@@ -22,9 +25,12 @@ from sparsebert.swap import QUANT_METHOD, quantization_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# config.json of BERT-large with every layer packed takes about 40 kB, a shard index about as much.
-_MAX_JSON_BYTES = 8 << 20
-_SHOWN = 5
+# Modules that a model may be built of: some hold no tensor, none holds so few that this is not enough.
+_MODULES = 2000
+_MODULES_PER_TENSOR = 16
+_MODULES_OF_HUB = 100_000
+
+_log = logging.getLogger(__name__)
 
 
 def load_pretrained(
@@ -44,34 +50,46 @@ def load_pretrained(
     path = os.fspath(path)
     # The import hook cannot act where it was transformers' own start that imported sparsebert.
     quantizer.register()
-    config = _read_config(path)
+    folder = _folder(path)
+    config = _read_config(path, folder)
     cls = _model_class(config, path) if model_class is None else model_class
     if not callable(getattr(cls, "from_pretrained", None)):
         raise TypeError(f"load_pretrained: model_class is {cls!r}, expected a model class of transformers")
-    if os.path.isdir(path):
-        _check_index(Path(path))
-    with _no_loading_report():
-        model, info = cls.from_pretrained(
+    local = os.path.isdir(path)
+    modules = _check_local(folder) if local else _MODULES_OF_HUB
+    failure = None
+    try:
+        with _no_loading_report(), _at_most(modules), quantizer.strict(path):
+            model, info = cls.from_pretrained(
+                path,
+                dtype="auto" if dtype is None else dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                # Listed below with the other faults; nothing is loaded from a tensor that does not match.
+                ignore_mismatched_sizes=True,
+            )
+        messages = [str(message) for message in info.get("error_msgs", ())]
+        mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+        quantizer.refuse_misfit(
             path,
-            dtype="auto" if dtype is None else dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            # So that they are listed below with the other faults; nothing is loaded from a tensor that does not match.
-            ignore_mismatched_sizes=True,
+            model,
+            missing=info["missing_keys"],
+            unexpected=info["unexpected_keys"],
+            of_another_shape=mismatched,
+            not_loaded=[storage.short(_first_line(message)) for message in messages],
         )
-    faults = [
-        f"{len(names)} {kind} ({_few(names)})"
-        for kind, names in (
-            ("missing", info["missing_keys"]),
-            ("unexpected", info["unexpected_keys"]),
-            ("of another shape", [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]),
-        )
-        if names
-    ]
-    faults += [str(message).strip().splitlines()[-1] for message in info.get("error_msgs", ())]
-    if faults:
-        raise ValueError(f"{path}: the tensors do not fit {type(model).__name__}: {'; '.join(faults)}")
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and not local:
+            # The network's fault, not the checkpoint's.
+            raise
+        _log.debug("%s is refused", path, exc_info=True)
+        failure = _one_line(error, path, cls)
+    if failure is not None:
+        # Not inside the handler: the error there holds frames, and these the model and the open files.
+        raise ValueError(failure)
     model.eval()
     return model if device is None else model.to(device)
 
@@ -103,83 +121,107 @@ def save_pretrained(
         card.write_text(model_card(model), encoding="utf-8")
 
 
-def _read_config(path: str) -> dict[str, Any]:
-    """config.json of a packed checkpoint, after everything that can be checked before transformers sees it."""
+def _folder(path: str) -> Path:
+    """The folder that holds config.json: ``path`` itself, or the one that the hub's cache keeps of it."""
     if os.path.isdir(path):
-        file = os.path.join(path, "config.json")
-        if not os.path.isfile(file):
-            raise ValueError(f"{path}: there is no config.json")
-    elif os.path.exists(path) or os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
+        return Path(path)
+    if os.path.exists(path) or os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
         raise ValueError(f"{path}: there is no such folder")
-    else:
-        file = str(cached_file(path, "config.json"))
-    config = _read_json(file)
+    return Path(str(cached_file(path, storage.CONFIG))).parent
+
+
+def _read_config(path: str, folder: Path) -> dict[str, Any]:
+    """config.json of a packed checkpoint, after everything that can be checked before transformers sees it."""
+    config = storage.read_config(folder)
+    file = folder / storage.CONFIG
     described = config.get("quantization_config")
     if described is None:
         raise ValueError(f"{path}: the checkpoint is dense (no quantization_config); load it with from_pretrained")
     if not isinstance(described, dict) or described.get("quant_method") != QUANT_METHOD:
         method = described.get("quant_method") if isinstance(described, dict) else described
-        raise ValueError(f"{path}: quant_method is {method!r}, expected {QUANT_METHOD!r}")
+        raise ValueError(f"{path}: quant_method is {storage.short(repr(method))}, expected {QUANT_METHOD!r}")
     try:
-        SparsebertConfig(**described)
+        # As it stands in the file: transformers drops some keys, wherever they are.
+        for name, entry in SparsebertConfig(**described).layers.items():
+            quantizer.unfilled(entry, name)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
-        # transformers reads such a name as a repository whose code it downloads and runs.
-        if "/" in json.dumps(config.get(key)):
-            raise ValueError(f"{file}: {key} names code of another repository ({config[key]!r}), which is refused")
+        raise ValueError(f"{file}: {storage.short(str(error), 800)}") from error
+    for key, what in (
+        ("transformers_weights", "another file of weights"),
+        # It would change classes of transformers for every model of this process.
+        ("fusion_config", "fused layers"),
+    ):
+        if config.get(key):
+            raise ValueError(f"{file}: {key} asks for {what}, which no packed checkpoint does")
     return config
 
 
-def _read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
-    size = os.path.getsize(file)
-    if size > _MAX_JSON_BYTES:
-        raise ValueError(f"{file}: {size} bytes, expected at most {_MAX_JSON_BYTES}")
+def _check_local(folder: Path) -> int:
+    """Reads every header that transformers will read, and returns how many modules so many tensors can belong to."""
+    tensors = storage.read_headers(storage.weight_files(folder))
+    # Read by transformers as well where they are.
+    if os.path.lexists(folder / "generation_config.json"):
+        storage.read_json(folder / "generation_config.json")
+    if os.path.lexists(folder / "adapter_config.json"):
+        raise ValueError(f"{folder / 'adapter_config.json'}: asks for an adapter, which no packed checkpoint does")
+    return _MODULES + _MODULES_PER_TENSOR * len(tensors)
+
+
+@contextmanager
+def _at_most(modules: int) -> Iterator[None]:
+    """Inside, a model of more ``modules`` cannot be built: config.json says how many, and each takes time and memory.
+
+    Holds for this thread alone, since torch calls the hook for every thread's modules.
+    """
+    thread = threading.get_ident()
+    built = 0
+
+    def count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal built
+        if threading.get_ident() == thread:
+            built += 1
+            if built > modules:
+                raise ValueError(
+                    f"config.json asks for more than {modules} modules, far more than the tensors of the files can fill"
+                )
+
+    handle = register_module_module_registration_hook(count)
     try:
-        data = json.loads(Path(file).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file}: holds a JSON {type(data).__name__}, expected an object")
-    return data
+        yield
+    finally:
+        handle.remove()
+
+
+def _one_line(error: Exception, path: str, cls: type[Any]) -> str:
+    """What a refusal says, of whatever kind the error was: the files decide how transformers and torch fail."""
+    text = storage.short(_first_line(str(error)), 1000)
+    if not isinstance(error, ValueError):
+        text = f"cannot be loaded as {cls.__name__}: {type(error).__name__}: {text}"
+    return text if path in text else f"{path}: {text}"
+
+
+def _first_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return "".join(char if char.isprintable() else " " for char in lines[0]) if lines else "no reason given"
 
 
 def _model_class(config: dict[str, Any], path: str) -> type[Any]:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"{path}: architectures is {names!r}, expected one class name; pass model_class")
+        raise ValueError(
+            f"{path}: architectures is {storage.short(repr(names))}, expected one class name; pass model_class"
+        )
     try:
         cls = getattr(transformers, name)
     except (AttributeError, ImportError, RuntimeError):
         cls = None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise ValueError(
-            f"{path}: architectures names {name!r}, which is no model class of transformers "
+            f"{path}: architectures names {storage.short(repr(name))}, which is no model class of transformers "
             f"{transformers.__version__}; pass model_class"
         )
     return cls
-
-
-def _check_index(folder: Path) -> None:
-    """A shard index may name files of its own folder only."""
-    index = folder / "model.safetensors.index.json"
-    # Beside an unsharded file an index is a leftover that nobody reads.
-    if not index.is_file() or (folder / "model.safetensors").is_file():
-        return
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{index}: weight_map is malformed, expected an object of tensor name: file name")
-    for name in set(shards.values()):
-        if os.path.basename(name) != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: weight_map names {name!r}, expected a safetensors file of the same folder")
-        if not (folder / name).is_file():
-            raise ValueError(f"{index}: weight_map names {name}, which is not there")
-
-
-def _few(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparsebert.report import size_report
+from sparsebert.report import packed_layers, size_report
 from sparsebert.swap import quantization_config
 
 if TYPE_CHECKING:
@@ -18,6 +18,40 @@ if TYPE_CHECKING:
 
 # Tells a card that may be overwritten from one that somebody wrote.
 MARKER = "<!-- written by sparsebert: remove this line to keep your edits -->"
+
+# Format -> what of a layer is not the dense model's, as a sentence about the format.
+_APPROXIMATE = {
+    "nm": "the weights outside the pattern and the kept columns are zero; the others are stored as they are.",
+    "bitmap": "the weights that are not stored are zero; the others are stored as they are.",
+    "low_rank": "the weight was replaced by the product of two factors of the given rank.",
+    "low_rank_sparse": "the weight was replaced by the product of two factors of the given rank plus a sparse part.",
+    "int8": "each weight is rounded to a whole multiple, -127 to 127, of its output channel's scale.",
+}
+# Mode of int8 activations -> what becomes of the inputs.
+_ACTIVATIONS = {
+    "dynamic": "The inputs are rounded to 8 bits as well, with one scale for each token, the one at hand.",
+    "static": "The inputs are rounded to 8 bits as well, with one scale for each layer that was measured beforehand; "
+    "larger inputs are clipped.",
+}
+# (format, layout) -> what is in memory, as a clause about the layers; a layout of no such pair is named alone.
+_HELD = {
+    ("nm", "neutral"): "as on disk; where no kernel reads that, they are unpacked in every call",
+    ("nm", "dense"): "as the unpacked weight, the size of a dense layer",
+    ("nm", "cusparselt"): "packed, in the order of cuSPARSELt",
+    ("nm", "cutlass"): "packed, in the order of CUTLASS",
+    ("bitmap", "neutral"): "as on disk; where no kernel reads that, they are unpacked in every call",
+    ("bitmap", "dense"): "as the unpacked weight, the size of a dense layer",
+    ("low_rank", "neutral"): "as on disk: the factors, which are multiplied with as they are",
+    ("low_rank", "dense"): "as the product of the factors, beside them: more than a dense layer",
+    ("low_rank_sparse", "neutral"): "as on disk",
+    ("low_rank_sparse", "stacked"): "as factors, the kept rows below the second one: the size on disk",
+    ("low_rank_sparse", "dense"): "as the unpacked weight, beside what is on disk: more than a dense layer",
+    ("int8", "neutral"): "as on disk",
+    ("int8", "unpacked"): "as 8-bit integers with their zeros, one byte a weight",
+    ("int8", "float"): "as integers in fp32 numbers, four bytes a weight, for a CPU without 8-bit products",
+    ("int8", "dense"): "as the rounded weight in floats, beside what is on disk: more than a dense layer; their inputs "
+    "are then not rounded",
+}
 
 
 def model_card(model: PreTrainedModel) -> str:
@@ -54,6 +88,10 @@ def model_card(model: PreTrainedModel) -> str:
             "",
             *(f"- {line}" for line in _what(layers)),
             "",
+            "## What is approximate",
+            "",
+            *(f"- {line}" for line in _approximate(layers)),
+            "",
             "## Loading",
             "",
             "`import sparsebert` is **required** before `from_pretrained`. Without it transformers does not know the",
@@ -85,8 +123,11 @@ def model_card(model: PreTrainedModel) -> str:
             "|---|---:|---:|---:|",
             *rows,
             "",
-            "In memory each layer is held in the layout the device computes with; on a CPU that is by default the",
-            "unpacked weight. Accuracy and speed were not measured when this file was written.",
+            "On a device each layer is held in one layout, chosen for that device. When this was saved:",
+            "",
+            *(f"- {line}" for line in _held(model)),
+            "",
+            "Accuracy and speed were not measured when this file was written.",
             "",
         ]
     )
@@ -96,14 +137,61 @@ def _what(layers: dict[str, dict]) -> list[str]:
     """One line for each kind of packed layer, with how many there are of each role."""
     kinds: dict[str, Counter[str]] = {}
     for entry in layers.values():
-        pattern = f" {entry['n']}:{entry['m']}" if entry["format"] == "nm" else ""
-        kinds.setdefault(f"`{entry['format']}`{pattern}, {entry['dtype']}", Counter())[
-            entry.get("role") or "other"
-        ] += 1
+        kind = f"`{entry['format']}`{_pattern(entry)}, {entry['dtype']}"
+        kinds.setdefault(kind, Counter())[entry.get("role") or "other"] += 1
     return [
         f"{kind}: {', '.join(f'{count} {role}' for role, count in sorted(roles.items()))}"
         for kind, roles in sorted(kinds.items())
     ]
+
+
+def _pattern(entry: dict) -> str:
+    """What a layer keeps, from its entry in the layer map."""
+    parts = [entry["activations"]] if "activations" in entry else []
+    if "rank" in entry:
+        parts.append(f"rank {entry['rank']}")
+    if "sparse" in entry:
+        parts.append("+")
+    if "rows" in entry:
+        parts.append(f"{entry['rows']} rows")
+    if "n" in entry:
+        parts.append(f"{entry['n']}:{entry['m']}")
+    if "nnz" in entry:
+        weights = entry["in_features"] * entry.get("kept_rows", entry["out_features"])
+        parts.append(f"{100 * entry['nnz'] / weights:.3g} % of the weights")
+    if "columns" in entry:
+        parts.append(f"in {entry['columns']} of {entry['in_features']} columns")
+    if "kept_rows" in entry:
+        parts.append(f"in {entry['kept_rows']} of {entry['out_features']} rows")
+    return "".join(f" {part}" for part in parts)
+
+
+def _approximate(layers: dict[str, dict]) -> list[str]:
+    """One line for each format, and for each mode of activations: in what the layers differ from dense ones."""
+    lines = []
+    for name, text in _APPROXIMATE.items():
+        entries = [entry for entry in layers.values() if entry["format"] == name]
+        modes = sorted({entry["activations"] for entry in entries if "activations" in entry})
+        if name == "int8" and any("n" in entry for entry in entries):
+            text += " Where a pattern is given, the weights outside it are zero."
+        if entries:
+            lines.append(" ".join([f"`{name}`: {text}", *(f"{mode}: {_ACTIVATIONS[mode]}" for mode in modes)]))
+    if any("kept_rows" in entry for entry in layers.values()):
+        lines.append("rows that are not kept were left out because the layer after them reads none of their outputs.")
+    return lines
+
+
+def _held(model: PreTrainedModel) -> list[str]:
+    """One line for each format and layout that is held now."""
+    counts = Counter((module.format, module.layout) for _, module in packed_layers(model))
+    return [
+        f"`{name}` in layout `{layout}`, {_layers(count)}: {_HELD.get((name, layout), 'in an order of its kernel')}."
+        for (name, layout), count in sorted(counts.items())
+    ]
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" + ("" if count == 1 else "s")
 
 
 def _hub_id(model: PreTrainedModel) -> str | None:

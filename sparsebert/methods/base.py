@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsebert.configs import NMConfig
+from sparsebert.configs import Config
 from sparsebert.plan import CompressionPlan, Selection, select
 
 
@@ -46,7 +46,7 @@ class Run(ABC):
         self.total_steps = total_steps
         self.step = 0
         chosen, self.skipped = select(model, selection)
-        self.configs: dict[str, NMConfig] = chosen
+        self.configs: dict[str, Config] = chosen
         self._handles: list[Any] = []
 
     def weight(self, path: str) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""One-shot magnitude pruning, the baseline: prune to n:m by |w| at the start, train the rest with the mask held.
+"""One-shot magnitude pruning, the baseline: prune by |w| at the start, train the rest with the mask held.
 
 Han, Pool, Tran, Dally: Learning both Weights and Connections for Efficient Neural Networks (NeurIPS 2015), with the
 choice made inside each group of m as in Zhou et al.: Learning N:M Fine-grained Structured Sparse Neural Networks From
@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsebert.formats import nm
+from sparsebert.configs import BitmapConfig, NMConfig
+from sparsebert.formats import one_shot
 from sparsebert.methods.base import Method, Run
 from sparsebert.plan import CompressionPlan, Selection
 
 
 class Magnitude(Method):
-    """Keeps the n largest |w| of every m and holds that mask through training.
+    """Keeps the n largest |w| of every m (``NMConfig``, with its columns chosen first) or the largest of the whole
+    matrix (``BitmapConfig``), and holds that mask through training.
 
     ``prepare`` zeroes the other weights at once; afterwards M is fixed, and each step applies ``G <- M * G`` before and
     ``W <- M * W`` after the optimizer, so that neither momentum nor weight decay brings a weight back.
@@ -35,9 +37,11 @@ class MagnitudeRun(Run):
     def __init__(self, model: nn.Module, selection: Selection, total_steps: int) -> None:
         super().__init__(model, selection, total_steps)
         # All masks before the first edit, so that a bad weight leaves the model as it was.
-        self.masks = {
-            path: nm.magnitude_mask(self._finite(path), config.n, config.m) for path, config in self.configs.items()
-        }
+        self.masks = {}
+        for path, config in self.configs.items():
+            if not isinstance(config, NMConfig | BitmapConfig):
+                raise ValueError(f"Magnitude: {path}: {config} is not a mask; expected an NMConfig or a BitmapConfig")
+            self.masks[path] = one_shot.magnitude_mask(self._finite(path), config)
         self._apply_masks()
 
     def before_step(self) -> None:

@@ -5,6 +5,34 @@
 
 from __future__ import annotations
 
-from sparsebert.ops.nm import nm_linear, register
+from functools import cache
 
-__all__ = ["nm_linear", "register"]
+import torch
+
+from sparsebert.ops import linear, specs, torch_sparse  # noqa: F401 (adds its layouts and candidates)
+from sparsebert.ops.bitmap import bitmap_linear
+from sparsebert.ops.int8 import define_quantize_rows, int8_linear, quantize_rows
+from sparsebert.ops.low_rank import low_rank_linear
+from sparsebert.ops.low_rank_sparse import low_rank_sparse_linear
+from sparsebert.ops.nm import nm_linear
+
+__all__ = [
+    "bitmap_linear",
+    "int8_linear",
+    "low_rank_linear",
+    "low_rank_sparse_linear",
+    "nm_linear",
+    "quantize_rows",
+    "register",
+]
+
+
+@cache
+def register() -> torch.library.Library:
+    """Defines the ops with their fakes, gradients and autocast rules; once a process."""
+    library = torch.library.Library("sparsebert", "DEF")
+    for op, spec_type in specs.SPECS.items():
+        linear.define(library, op, spec_type)
+    define_quantize_rows(library)
+    # The library lives as long as this reference to it: the cache of this function keeps it.
+    return library

@@ -6,12 +6,19 @@ from typing import NamedTuple
 
 import torch
 
-from sparsebert.ops import layouts, measurements
-from sparsebert.ops.layouts import Spec
+from sparsebert.ops import int8, layouts, measurements
+from sparsebert.ops.specs import Spec
 
-# Without a measurement: on a CPU the dense copy; on a GPU torch's 2:4 kernels where they serve, else the neutral
-# tensors, which stay small.
-_DEFAULTS = {"cpu": ("dense",), "cuda": ("cusparselt", "cutlass", "neutral")}
+# Without a measurement, the first that the device can hold, by op and kind of device; else neutral, which stays small.
+# n:m and bitmap weights have no arithmetic of their own on a CPU, so there it is the dense copy.
+_DEFAULTS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("nm_linear", "cpu"): ("dense",),
+    ("nm_linear", "cuda"): ("cusparselt", "cutlass"),
+    ("bitmap_linear", "cpu"): ("dense",),
+    ("low_rank_sparse_linear", "cpu"): ("stacked", "dense"),
+    ("low_rank_sparse_linear", "cuda"): ("stacked",),
+    ("int8_linear", "cuda"): ("unpacked",),
+}
 
 
 class Choice(NamedTuple):
@@ -35,7 +42,7 @@ def resolve(layout: str, spec: Spec, dtype: torch.dtype, device: torch.device) -
 
 def refusal(layout: str, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
     """None, or why ``device`` cannot hold ``layout``; ``auto`` is always possible."""
-    return None if layout == "auto" else layouts.get(layout).supports(spec, dtype, device)
+    return None if layout == "auto" else layouts.get(spec.op, layout).supports(spec, dtype, device)
 
 
 def best(spec: Spec, dtype: torch.dtype, device: torch.device) -> Choice:
@@ -44,7 +51,13 @@ def best(spec: Spec, dtype: torch.dtype, device: torch.device) -> Choice:
         return Choice("neutral", "default", "a meta tensor has no kernel")
     if (measured := measurements.fastest_layout(spec, dtype, device)) is not None:
         return Choice(measured.layout, "measured", measured.reason)
-    for name in _DEFAULTS.get(device.type, ("neutral",)):
-        if layouts.get(name).supports(spec, dtype, device) is None:
+    for name in _defaults(spec, device):
+        if layouts.get(spec.op, name).supports(spec, dtype, device) is None:
             return Choice(name, "default", "not measured here")
     return Choice("neutral", "default", "not measured here")
+
+
+def _defaults(spec: Spec, device: torch.device) -> tuple[str, ...]:
+    if (spec.op, device.type) == ("int8_linear", "cpu"):
+        return ("unpacked",) if int8.cpu_has_int8() else ("float",)
+    return _DEFAULTS.get((spec.op, device.type), ())

@@ -1,4 +1,5 @@
-"""How an n:m weight can be held on a device: for each layout its tensors and the way from and to the neutral format.
+"""How a weight can be held on a device: for each op its layouts, their tensors, and the way from and to the neutral
+format.
 
 Exactly one layout is held at a time. ``neutral`` is what lies on disk; ``dense`` trades memory for torch's dense
 matmul; the others belong to a kernel. Every layout gives the neutral tensors back bit for bit.
@@ -6,110 +7,117 @@ matmul; the others belong to a kernel. Every layout gives the neutral tensors ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsebert.formats import nm
+from sparsebert.ops.specs import Spec
+
+NEUTRAL, DENSE = "neutral", "dense"
+# What the dtype of a tensor can be besides a dtype of torch: that of x, or any float one.
+COMPUTE, FLOAT = "compute", "float"
 
 
-class Spec(NamedTuple):
-    """Pattern and sizes of one weight ``(out_features, in_features)`` at n:m."""
+class Held(NamedTuple):
+    """One tensor of a layout: its shape (None where only its kernel knows) and dtype (``COMPUTE``, ``FLOAT`` or one of
+    torch)."""
 
-    n: int
-    m: int
-    in_features: int
-    out_features: int
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | str
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One layout.
+    """One layout of the weights of one op; a weight is the list of its tensors, in the order of ``tensors(spec)``.
 
-    ``tensors`` names what it holds, in the order the op takes it. ``supports(spec, dtype, device)`` gives None or why a
-    device cannot hold it. ``castable``: its float tensors may be cast to another float dtype. ``from_dense`` is None
-    for ``neutral``, which is its own source.
+    ``supports(spec, dtype, device)`` gives None or why a device cannot hold it; ``dtype`` is that of x. ``castable``:
+    its COMPUTE tensors may be cast to another float dtype. ``to_dense(weight, spec, dtype)`` is the dense weight
+    ``(out_features, in_features)``, a new tensor, in ``dtype`` where the layout has no dtype of its own.
     """
 
+    op: str
     name: str
-    tensors: tuple[str, ...]
-    castable: bool
-    supports: Callable[[Spec, torch.dtype, torch.device], str | None]
-    check: Callable[[list[Tensor], Spec], None]
-    from_dense: Callable[[Tensor, Spec], list[Tensor]]
-    to_dense: Callable[[list[Tensor], Spec], Tensor]
+    tensors: Callable[[Any], Mapping[str, Held]]
+    supports: Callable[[Any, torch.dtype, torch.device], str | None]
+    from_neutral: Callable[[list[Tensor], Any, torch.dtype], list[Tensor]]
+    to_neutral: Callable[[list[Tensor], Any], list[Tensor]]
+    to_dense: Callable[[list[Tensor], Any, torch.dtype], Tensor]
+    castable: bool = True
 
 
-def check_tensor(tensor: Tensor, name: str, shape: tuple[int, ...], spec: Spec) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"nm_linear: weight_{name} has shape {tuple(tensor.shape)}, expected {shape} for "
-            f"in_features={spec.in_features} at {spec.n}:{spec.m}"
-        )
-
-
-def check_count(weight: list[Tensor], names: tuple[str, ...], layout: str) -> None:
-    if len(weight) != len(names):
-        raise ValueError(
-            f"nm_linear: weight has {len(weight)} tensors, expected {len(names)} ({', '.join(names)}) "
-            f"for layout {layout!r}"
-        )
-
-
-def _check_neutral(weight: list[Tensor], spec: Spec) -> None:
-    check_count(weight, ("values", "positions"), "neutral")
-    values_shape, positions_shape = nm.packed_shapes(spec.n, spec.m, spec.out_features, spec.in_features)
-    check_tensor(weight[0], "values", values_shape, spec)
-    check_tensor(weight[1], "positions", positions_shape, spec)
-    if weight[1].dtype != torch.uint8:
-        raise TypeError(f"nm_linear: weight_positions is {weight[1].dtype}, expected torch.uint8")
-
-
-def _check_dense(weight: list[Tensor], spec: Spec) -> None:
-    check_count(weight, ("dense",), "dense")
-    check_tensor(weight[0], "dense", (spec.out_features, spec.in_features), spec)
-
-
-_layouts: dict[str, Layout] = {}
+_layouts: dict[tuple[str, str], Layout] = {}
 
 
 def add(layout: Layout) -> None:
-    _layouts[layout.name] = layout
+    _layouts[layout.op, layout.name] = layout
+    tensors.cache_clear()
 
 
-def get(name: str) -> Layout:
+def get(op: str, name: str) -> Layout:
     try:
-        return _layouts[name]
+        return _layouts[op, name]
     except KeyError:
-        raise ValueError(f"nm_linear: layout is {name!r}, expected one of {', '.join(_layouts)}") from None
+        raise ValueError(f"{op}: layout is {name!r}, expected one of {', '.join(names(op))}") from None
 
 
-def names() -> tuple[str, ...]:
-    return tuple(_layouts)
+def names(op: str) -> tuple[str, ...]:
+    """The layouts of an op, ``neutral`` and ``dense`` first."""
+    return tuple(name for known, name in _layouts if known == op)
 
 
-add(
-    Layout(
-        "neutral",
-        tensors=("values", "positions"),
-        castable=True,
-        supports=lambda spec, dtype, device: None,
-        check=_check_neutral,
-        from_dense=lambda dense, spec: list(nm.pack(dense, spec.n, spec.m)),
-        to_dense=lambda weight, spec: nm.unpack(weight[0], weight[1], spec.n, spec.m, spec.in_features),
+@lru_cache(maxsize=4096)
+def tensors(spec: Spec, name: str) -> dict[str, Held]:
+    """What the layout ``name`` of a weight consists of."""
+    return dict(get(spec.op, name).tensors(spec))
+
+
+def anywhere(spec: Spec, dtype: torch.dtype, device: torch.device) -> None:
+    """``supports`` of a layout that every device can hold."""
+    return None
+
+
+def neutral(
+    op: str,
+    held: Callable[[Any], Mapping[str, Held]],
+    to_dense: Callable[[list[Tensor], Any, torch.dtype], Tensor],
+) -> Layout:
+    """The layout that is its own neutral form."""
+    return Layout(
+        op,
+        NEUTRAL,
+        held,
+        anywhere,
+        from_neutral=lambda weight, spec, dtype: list(weight),
+        to_neutral=lambda weight, spec: list(weight),
+        to_dense=to_dense,
     )
-)
-add(
-    Layout(
-        "dense",
-        tensors=("dense",),
-        castable=True,
-        supports=lambda spec, dtype, device: None,
-        check=_check_dense,
-        from_dense=lambda dense, spec: [dense],
-        to_dense=lambda weight, spec: weight[0].clone(),
+
+
+def dense(op: str, from_dense: Callable[[Tensor, Any], list[Tensor]]) -> Layout:
+    """The unpacked weight, for a format whose neutral tensors follow from it by ``from_dense``."""
+    return Layout(
+        op,
+        DENSE,
+        lambda spec: {"dense": Held((spec.out_features, spec.in_features), COMPUTE)},
+        anywhere,
+        from_neutral=lambda weight, spec, dtype: [get(op, NEUTRAL).to_dense(weight, spec, dtype)],
+        to_neutral=lambda weight, spec: from_dense(weight[0], spec),
+        to_dense=lambda weight, spec, dtype: weight[0].clone(),
     )
-)
+
+
+def dense_and_neutral(op: str) -> Layout:
+    """The unpacked weight beside the neutral tensors, for a format that cannot be told from its unpacked weight."""
+    return Layout(
+        op,
+        DENSE,
+        lambda spec: {"dense": Held((spec.out_features, spec.in_features), COMPUTE), **tensors(spec, NEUTRAL)},
+        anywhere,
+        from_neutral=lambda weight, spec, dtype: [get(op, NEUTRAL).to_dense(weight, spec, dtype), *weight],
+        to_neutral=lambda weight, spec: weight[1:],
+        to_dense=lambda weight, spec, dtype: weight[0].clone(),
+    )

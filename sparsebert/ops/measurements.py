@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparsebert.ops.layouts import Spec
+from sparsebert.ops.specs import Spec
 
 TABLE_VERSION = 1
 ENVIRONMENT_VARIABLE = "SPARSEBERT_CACHE"
@@ -67,7 +67,7 @@ def token_bucket(tokens: int) -> int:
 
 def op_name(spec: Spec) -> str:
     """The op with its pattern, as rows name it: ``nm_linear 2:4``."""
-    return f"nm_linear {spec.n}:{spec.m}"
+    return f"{spec.op} {spec.label}"
 
 
 @lru_cache(maxsize=16)

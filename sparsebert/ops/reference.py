@@ -11,20 +11,22 @@ from sparsebert.ops.activations import activate
 from sparsebert.ops.select import Candidate, Problem
 
 
-def _dense(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
-    return activate(F.linear(x, weight[0], bias), problem.activation)
-
-
-def _neutral(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
-    spec = layouts.Spec(problem.n, problem.m, problem.in_features, problem.out_features)
-    return _dense(x, [layouts.get("neutral").to_dense(weight, spec)], bias, problem)
-
-
-def _always(problem: Problem) -> str | None:
+def always(problem: Problem) -> None:
+    """``supports`` of a candidate that never refuses."""
     return None
 
 
-CANDIDATES = (
-    Candidate("nm_linear", "neutral", "reference", "unpacks on every call, then torch's linear", _always, _neutral),
-    Candidate("nm_linear", "dense", "reference", "torch's linear on the unpacked weight", _always, _dense),
-)
+def unpacked(op: str, layout: str) -> Candidate:
+    """The reference of a layout by its dense weight."""
+    if layout == layouts.DENSE:
+        return Candidate(op, layout, "reference", "torch's linear on the unpacked weight", always, _dense)
+
+    def run(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
+        dense = layouts.get(op, layout).to_dense(weight, problem.spec, x.dtype)
+        return activate(F.linear(x, dense, bias), problem.activation)
+
+    return Candidate(op, layout, "reference", "unpacks on every call, then torch's linear", always, run)
+
+
+def _dense(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
+    return activate(F.linear(x, weight[0], bias), problem.activation)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,19 +30,28 @@ _open_contexts = 0
 
 
 class Problem(NamedTuple):
-    """All that a candidate may look at to accept or refuse one call. ``tokens`` counts rows of x."""
+    """All that a candidate may look at to accept or refuse one call. ``dtype`` is that of x, ``spec`` one of
+    ``ops.specs``, and ``tokens`` counts rows of x."""
 
-    op: str
     layout: str
     device_type: str
     capability: tuple[int, int] | None
     dtype: torch.dtype
-    n: int
-    m: int
-    in_features: int
-    out_features: int
+    spec: Any
     tokens: int
     activation: str
+
+    @property
+    def op(self) -> str:
+        return self.spec.op
+
+    @property
+    def in_features(self) -> int:
+        return self.spec.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.spec.out_features
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,13 @@ def forced_backend() -> str | None:
 def may_be_forced() -> bool:
     """False where certainly no backend is forced; cheap, and plain enough for torch.compile to guard on."""
     return _open_contexts > 0 or _environment is not None
+
+
+def problem_of(spec: Any, layout: str, x: torch.Tensor, activation: str) -> Problem:
+    """The problem of one call with the rows ``x``."""
+    device = x.device
+    tokens = x.numel() // spec.in_features
+    return Problem(layout, device.type, capability(device), x.dtype, spec, tokens, activation)
 
 
 def choose(problem: Problem) -> Candidate:

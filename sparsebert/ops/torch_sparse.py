@@ -16,10 +16,11 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from sparsebert.ops import layouts
+from sparsebert.ops import layouts, nm, select
 from sparsebert.ops.activations import activate
-from sparsebert.ops.layouts import Layout, Spec
+from sparsebert.ops.layouts import COMPUTE, Held, Layout
 from sparsebert.ops.select import Candidate, Problem, capability
+from sparsebert.ops.specs import NMSpec
 
 _PATTERNS = {(2, 4), (1, 4), (1, 2)}
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -27,7 +28,7 @@ _TOKEN_MULTIPLE = 8
 
 
 def _refusal(
-    spec: Spec, dtype: torch.dtype, device_type: str, found: tuple[int, int] | None, rows: int, columns: int
+    spec: NMSpec, dtype: torch.dtype, device_type: str, found: tuple[int, int] | None, rows: int, columns: int
 ) -> str | None:
     """None, or why kernels that want multiples of ``rows`` and ``columns`` cannot serve on capability ``found``."""
     if device_type != "cuda" or found is None:
@@ -46,13 +47,15 @@ def _refusal(
     return None
 
 
-def _cusparselt_refusal(spec: Spec, dtype: torch.dtype, device_type: str, found: tuple[int, int] | None) -> str | None:
+def _cusparselt_refusal(
+    spec: NMSpec, dtype: torch.dtype, device_type: str, found: tuple[int, int] | None
+) -> str | None:
     if reason := _refusal(spec, dtype, device_type, found, 16, 16):
         return reason
     return None if torch.backends.cusparselt.is_available() else "this torch was built without cuSPARSELt"
 
 
-def _cutlass_refusal(spec: Spec, dtype: torch.dtype, device_type: str, found: tuple[int, int] | None) -> str | None:
+def _cutlass_refusal(spec: NMSpec, dtype: torch.dtype, device_type: str, found: tuple[int, int] | None) -> str | None:
     if reason := _refusal(spec, dtype, device_type, found, 32, 64):
         return reason
     # torch compiles these kernels for sm_80 and refuses other major versions when called.
@@ -81,7 +84,7 @@ def _cusparselt(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: P
     return _finish(y, x, tokens, problem.activation)
 
 
-def _cusparselt_dense(weight: list[Tensor], spec: Spec) -> Tensor:
+def _cusparselt_dense(weight: list[Tensor], spec: NMSpec) -> Tensor:
     # The compressed blob is opaque; W times the identity is exact, each sum having one non-zero term.
     identity = torch.eye(spec.in_features, dtype=weight[0].dtype, device=weight[0].device)
     return torch._cslt_sparse_mm(weight[0], identity)
@@ -99,64 +102,67 @@ def _cutlass(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Prob
     return _finish(y.t(), x, tokens, problem.activation)
 
 
-def _check_cusparselt(weight: list[Tensor], spec: Spec) -> None:
-    layouts.check_count(weight, ("compressed",), "cusparselt")
-
-
-def _check_cutlass(weight: list[Tensor], spec: Spec) -> None:
-    layouts.check_count(weight, ("packed", "meta"), "cutlass")
-    layouts.check_tensor(weight[0], "packed", (spec.out_features, spec.in_features // 2), spec)
-
-
-Refusal = Callable[[Spec, torch.dtype, str, tuple[int, int] | None], str | None]
+Refusal = Callable[[NMSpec, torch.dtype, str, tuple[int, int] | None], str | None]
 
 
 def _serves(refusal: Refusal) -> Callable[[Problem], str | None]:
     """``refusal`` of a call: by the capability of the call's own device, whichever device is the current one."""
 
     def supports(problem: Problem) -> str | None:
-        spec = Spec(problem.n, problem.m, problem.in_features, problem.out_features)
-        return refusal(spec, problem.dtype, problem.device_type, problem.capability)
+        return refusal(problem.spec, problem.dtype, problem.device_type, problem.capability)
 
     return supports
 
 
-def _holds(refusal: Refusal) -> Callable[[Spec, torch.dtype, torch.device], str | None]:
+def _holds(refusal: Refusal) -> Callable[[NMSpec, torch.dtype, torch.device], str | None]:
     """``refusal`` of a device that is to hold a layout."""
     return lambda spec, dtype, device: refusal(spec, dtype, device.type, capability(device))
 
 
-layouts.add(
-    Layout(
-        "cusparselt",
-        tensors=("compressed",),
+def _layout(
+    name: str,
+    tensors: Callable[[NMSpec], dict[str, Held]],
+    refusal: Refusal,
+    from_dense: Callable[[Tensor], list[Tensor]],
+    to_dense: Callable[[list[Tensor], NMSpec], Tensor],
+) -> Layout:
+    """A layout that is made of the dense weight and gives it back exactly."""
+    return Layout(
+        nm.OP,
+        name,
+        tensors,
+        _holds(refusal),
+        from_neutral=lambda weight, spec, dtype: from_dense(nm.unpack(weight, spec)),
+        to_neutral=lambda weight, spec: nm.pack(to_dense(weight, spec), spec),
+        to_dense=lambda weight, spec, dtype: to_dense(weight, spec),
         castable=False,
-        supports=_holds(_cusparselt_refusal),
-        check=_check_cusparselt,
-        from_dense=lambda dense, spec: [torch._cslt_compress(dense)],
-        to_dense=_cusparselt_dense,
+    )
+
+
+layouts.add(
+    _layout(
+        "cusparselt",
+        lambda spec: {"compressed": Held(None, COMPUTE)},
+        _cusparselt_refusal,
+        lambda dense: [torch._cslt_compress(dense)],
+        _cusparselt_dense,
     )
 )
 layouts.add(
-    Layout(
+    _layout(
         "cutlass",
-        tensors=("packed", "meta"),
-        castable=False,
-        supports=_holds(_cutlass_refusal),
-        check=_check_cutlass,
-        from_dense=lambda dense, spec: list(sparse_semi_structured_from_dense_cutlass(dense)),
-        to_dense=lambda weight, spec: sparse_semi_structured_to_dense_cutlass(*weight),
+        lambda spec: {
+            "packed": Held((spec.out_features, spec.in_features // 2), COMPUTE),
+            "meta": Held(None, torch.int16),
+        },
+        _cutlass_refusal,
+        lambda dense: list(sparse_semi_structured_from_dense_cutlass(dense)),
+        lambda weight, spec: sparse_semi_structured_to_dense_cutlass(*weight),
     )
 )
 
-CANDIDATES = (
-    Candidate(
-        "nm_linear",
-        "cusparselt",
-        "torch",
-        "cuSPARSELt through torch",
-        _serves(_cusparselt_refusal),
-        _cusparselt,
-    ),
-    Candidate("nm_linear", "cutlass", "torch", "CUTLASS through torch", _serves(_cutlass_refusal), _cutlass),
-)
+for _name, _text, _refused, _run in (
+    ("cusparselt", "cuSPARSELt through torch", _cusparselt_refusal, _cusparselt),
+    ("cutlass", "CUTLASS through torch", _cutlass_refusal, _cutlass),
+):
+    select.add_candidate(Candidate(nm.OP, _name, "torch", _text, _serves(_refused), _run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -20,6 +21,7 @@ from sparsebert.bench import docstrings
 from sparsebert.bench.retrieval import Texts, embed, score
 from sparsebert.cli import common, evaluate, models
 from sparsebert.cli.app import app
+from sparsebert.tuning import tune
 
 WORDS = "red green blue good bad fine poor cat dog bird sat ran flew on under the a mat tree house".split()
 LENGTH = 24
@@ -67,7 +69,7 @@ def encoder(tmp_path_factory) -> Path:
 def packed(classifier, tmp_path_factory) -> Path:
     """``classifier`` as ``sparsebert compress`` packs it at 2:4."""
     out = tmp_path_factory.mktemp("out") / "packed"
-    result = run("compress", classifier, out, "--pattern", "2:4")
+    result = run("compress", classifier, out, "--format", "2:4")
     assert result.exit_code == 0, result.stderr
     return out
 
@@ -76,6 +78,7 @@ def packed(classifier, tmp_path_factory) -> Path:
 def quick(monkeypatch, tmp_path):
     """No second is spent on timing that no test looks at, and what is tuned counts for one test."""
     monkeypatch.setattr(evaluate, "TIMING_SECONDS", 0.01)
+    monkeypatch.setattr(sb, "tune", functools.partial(tune, budget_s=0.001))
     monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path / "cache"))
 
 
@@ -161,14 +164,25 @@ def test_every_command_has_help_and_json(command, flag):
     ("arguments", "complaint"),
     [
         (["prune"], "No such command"),
-        (["compress", "m", "o"], "--pattern"),
-        (["compress", "m", "o", "--pattern", "2-4"], "'2-4' is not an n:m pattern"),
-        (["compress", "m", "o", "--pattern", "4:2"], "expected 1 <= n < m = 2"),
-        (["compress", "m", "o", "--pattern", "3:6"], "m is 6, expected one of 2, 4, 8, 16"),
+        (["compress", "m", "o"], "--format"),
+        (["compress", "m", "o", "--format", "2-4"], "'2-4' is no format; write one of 2:4"),
+        (["compress", "m", "o", "--format", "4:2"], "expected 1 <= n < m = 2"),
+        (["compress", "m", "o", "--format", "3:6"], "m is 6, expected one of 2, 4, 8, 16"),
         (["compress", "m", "o", "--layer", "query"], "'query' does not say what for which layer"),
-        (["compress", "m", "o", "--layer", "query=low"], "'low' is not an n:m pattern"),
-        (["compress", "m", "o", "--pattern", "2:4", "--dtype", "int8"], "'int8' is not one of float32"),
-        (["compress", "m", "o", "--pattern", "2:4", "--device", "mps"], "'mps' is not a device"),
+        (["compress", "m", "o", "--layer", "query=low"], "'low' is no format"),
+        (["compress", "m", "o", "--format", "bitmap:2"], "density is 2.0, expected above 0 and at most 1"),
+        (["compress", "m", "o", "--plan", "p", "--format", "2:4"], "a plan says it all; it does not go with --format"),
+        (["compress", "m", "o", "--plan", "p", "--layer", "query=2:4"], "it does not go with --layer"),
+        (["compress", "m", "o", "--plan", "p", "--ignore", "x"], "it does not go with --ignore"),
+        (["compress", "m", "o", "--format", "int8", "--calibration-method", "mse"], "needs --calibrate FILE or"),
+        (["compress", "m", "o", "--format", "int8", "--text-columns", "a"], "needs --calibrate FILE"),
+        (["compress", "m", "o", "--format", "int8-static", "--calibrate", "f", "--calibrate-stdlib"], "not both"),
+        (
+            ["compress", "m", "o", "--format", "int8-static", "--calibrate-stdlib", "--calibration-method", "max"],
+            "'max' is not one of minmax, percentile, mse",
+        ),
+        (["compress", "m", "o", "--format", "2:4", "--dtype", "int8"], "'int8' is not one of float32"),
+        (["compress", "m", "o", "--format", "2:4", "--device", "mps"], "'mps' is not a device"),
         (["eval", "m"], "give either --data FILE or --stdlib"),
         (["eval", "m", "--stdlib", "--data", "f.tsv"], "give either --data FILE or --stdlib"),
         (["eval", "m", "--stdlib", "--task", "classification"], "has no labels"),
@@ -236,7 +250,7 @@ def test_compress_saves_what_compress_gives(classifier, packed):
 
 
 def test_compress_reports_what_it_did(classifier, tmp_path):
-    done = result_of("compress", classifier, tmp_path / "new" / "out", "--pattern", "2:4", "--dtype", "float16")
+    done = result_of("compress", classifier, tmp_path / "new" / "out", "--format", "2:4", "--dtype", "float16")
     assert (done["architecture"], done["dtype"], done["accuracy_measured"]) == (
         "BertForSequenceClassification",
         "float16",
@@ -253,7 +267,7 @@ def test_compress_reports_what_it_did(classifier, tmp_path):
 
 
 def test_compress_says_in_words_what_it_did_and_what_it_did_not_measure(classifier, tmp_path):
-    said = text("compress", classifier, tmp_path / "out", "--pattern", "2:4")
+    said = text("compress", classifier, tmp_path / "out", "--format", "2:4")
     for words in (
         f"packed {ENCODER_LINEARS} of 14 linear layers",
         "Left dense: bert.pooler.dense, classifier: not selected",
@@ -266,7 +280,7 @@ def test_compress_says_in_words_what_it_did_and_what_it_did_not_measure(classifi
 
 def test_compress_takes_patterns_by_role_and_path(classifier, tmp_path):
     out = tmp_path / "out"
-    options = ["--pattern", "2:4", "--layer", "output=dense", "--layer", "*.layer.0.*.query=1:4"]
+    options = ["--format", "2:4", "--layer", "output=dense", "--layer", "*.layer.0.*.query=1:4"]
     done = result_of("compress", classifier, out, *options, "--ignore", "*.layer.1.intermediate.dense")
     found = {layer["path"].removeprefix("bert.encoder.layer."): layer["config"] for layer in done["layers"]}
     assert len(found) == ENCODER_LINEARS - 3
@@ -279,6 +293,229 @@ def test_compress_takes_patterns_by_role_and_path(classifier, tmp_path):
     assert formats["bert.encoder.layer.1.output.dense"] == "dense"
 
 
+# What the program calls each format -> how the two shapes of matrix in the tiny model come out of it.
+FORMATS = {
+    "2:4": {"2:4"},
+    "2:4@0.5": {"2:4 in 16 of 32 columns", "2:4 in 16 of 32 columns, 32 of 64 rows", "2:4 in 32 of 64 columns"},
+    "bitmap:0.25": {"bitmap 0.25"},
+    "low-rank:0.5": {"rank 8", "rank 10"},
+    "low-rank:r4": {"rank 4"},
+    "low-rank:0.25+rows:0.125": {"rank 4 + 4 rows", "rank 5 + 8 rows", "rank 5 + 4 rows"},
+    "low-rank:0.25+2:4": {"rank 4 + 2:4", "rank 5 + 2:4"},
+    "low-rank:0.25+bitmap:0.25": {"rank 4 + bitmap 0.25", "rank 5 + bitmap 0.25"},
+    "int8": {"int8 dynamic"},
+    "int8-static": {"int8 static"},
+    "int8+2:4": {"int8 dynamic 2:4"},
+}
+METHODS = {
+    "2:4": "one-shot: magnitude",
+    "2:4@0.5": "one-shot: columns by their norm, then magnitude",
+    "low-rank:0.5": "one-shot: truncated SVD",
+    "low-rank:0.25+rows:0.125": "one-shot: truncated SVD, then magnitude on what it leaves",
+    "int8-static": "one-shot: rounding",
+    "int8+2:4": "one-shot: magnitude, then rounding",
+}
+
+
+@pytest.mark.parametrize("spec", FORMATS)
+def test_every_format_goes_through_compress_info_eval_and_tune(classifier, labelled, tmp_path, spec):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "out"
+    options = ["--calibrate", labelled] if "static" in spec else []
+    done = result_of("compress", classifier, out, "--format", spec, *options)
+    assert done["formats"] == {
+        role: {spec: 2} for role in ("query", "key", "value", "attention_output", "intermediate", "output")
+    }
+    assert {layer["description"] for layer in done["layers"]} == FORMATS[spec]
+    assert spec not in METHODS or done["method"] == METHODS[spec]
+    assert (done["calibration"] is None) == ("static" not in spec)
+    assert all(0 < layer["kept_energy"] <= 1 for layer in done["layers"])
+
+    found = result_of("info", out)
+    assert {layer["format"] for layer in found["layers"]} == FORMATS[spec]
+    assert sum(found["formats"].values()) == ENCODER_LINEARS
+    assert found["size"]["encoder"]["disk_bytes"] == done["size"]["encoder"]["disk_bytes"]
+    assert found["size"]["encoder"]["dense_bytes"] == done["size"]["encoder"]["dense_bytes"]
+    assert next(iter(FORMATS[spec])) in text("info", out)
+
+    (entry,) = result_of("eval", out, "--data", labelled)["models"]
+    assert (entry["compressed"], entry["formats"]) == (True, found["formats"])
+    model, tokenizer = sb.load_pretrained(out), AutoTokenizer.from_pretrained(out)
+    rows = [line.split("\t") for line in labelled.read_text().splitlines()[1:]]
+    with torch.inference_mode():
+        right = [
+            int(model(**tokenizer(*pair, return_tensors="pt")).logits.argmax()) == int(label) for label, *pair in rows
+        ]
+    assert entry["scores"]["accuracy"] == pytest.approx(sum(right) / len(rows))
+    assert entry["unpacked_layers"] == sum(layer.layout == "dense" for layer in sb.size_report(model).layers)
+
+    said = text("tune", out, "--tokens", "2", "--device", "cpu")
+    assert sum(int(count) for count in re.findall(r"(\d+) layers held as", said)) == ENCODER_LINEARS
+    assert "only low rank, dropped columns and int8 can be faster" in said
+
+
+def test_compress_says_which_formats_and_methods_it_mixed(classifier, labelled, tmp_path):
+    options = ["--format", "2:4", "--layer", "intermediate=low-rank:0.25", "--layer", "output=int8-static",
+               "--layer", "*.layer.1.*=dense", "--calibrate", labelled, "--calibration-method", "mse"]  # fmt: skip
+    done = result_of("compress", classifier, tmp_path / "out", *options)
+    assert done["formats"]["query"] == {"2:4": 1}
+    assert done["formats"]["intermediate"] == {"low-rank:0.25": 1}
+    assert done["formats"]["output"] == {"int8-static": 1}
+    assert done["method"] == "one-shot: magnitude; truncated SVD; rounding"
+    calibration = done["calibration"]
+    assert (calibration["method"], calibration["rows"], calibration["rows_used"]) == ("mse", 37, 37)
+    assert [layer["path"] for layer in calibration["layers"]] == ["bert.encoder.layer.0.output.dense"]
+    said = text("compress", classifier, tmp_path / "out2", *options)
+    for words in ("Method: one-shot: magnitude; truncated SVD; rounding", "rank 5", "int8 static",
+                  "Calibrated 1 layers on 37 of 37 rows, mse"):  # fmt: skip
+        assert words in said
+
+
+def test_calibration_sees_the_texts_as_the_model_would(classifier, labelled, tmp_path):
+    out = tmp_path / "out"
+    text("compress", classifier, out, "--format", "int8-static", "--calibrate", labelled)
+    model, tokenizer = BertForSequenceClassification.from_pretrained(classifier), AutoTokenizer.from_pretrained(out)
+    sb.compress_(model, sb.Int8Config("static"))
+    pairs = [line.split("\t")[1:] for line in labelled.read_text().splitlines()[1:]]
+    sb.calibrate(model, [dict(tokenizer(*pair, return_tensors="pt")) for pair in pairs])
+    ours, theirs = (m.state_dict() for m in (sb.load_pretrained(out), model))
+    scales = [key for key in ours if key.endswith("input_scale")]
+    assert len(scales) == ENCODER_LINEARS
+    for key in scales:
+        assert float(ours[key]) == pytest.approx(float(theirs[key]), rel=1e-4)
+
+
+def test_calibration_takes_the_docstrings_that_eval_does_not_measure_on(tmp_path, monkeypatch):
+    from sparsebert.cli import calibrate
+
+    folder = save(BertModel, tmp_path / "long")
+    texts = sentences(1500, words=12, seed=7)
+    pairs = [docstrings.Pair(str(i), *texts[2 * i : 2 * i + 2]) for i in range(750)]
+    monkeypatch.setattr(docstrings, "read_pairs", lambda progress: pairs)
+    monkeypatch.setattr(calibrate, "MOST_ROWS", 40)
+    done = result_of("compress", folder, tmp_path / "out", "--format", "int8-static", "--calibrate-stdlib")
+    count = len(docstrings.split_pairs(pairs).training_texts())
+    assert (done["calibration"]["rows"], done["calibration"]["rows_used"]) == (count, 40)
+    assert done["calibration"]["data"] == "docstrings of the Python standard library"
+
+
+def test_what_is_too_much_to_calibrate_on_is_thinned_evenly():
+    from sparsebert.cli.calibrate import spread
+
+    assert spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert spread(list(range(3)), 4) == [0, 1, 2]
+
+
+def test_static_int8_without_text_is_refused_before_any_work(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "find", lambda name: pytest.fail("the model was looked up"))
+    plan = tmp_path / "plan.json"
+    sb.CompressionPlan({QUERY: sb.Int8Config("static")}).save(tmp_path)
+    for options in (["--format", "int8-static"], ["--layer", "output=int8-static+2:4"], ["--plan", plan]):
+        said = error_of("compress", classifier, tmp_path / "out", *options)
+        assert "static activations have one scale for all inputs" in said
+        assert "give --calibrate FILE or --calibrate-stdlib" in said
+
+
+def test_calibration_is_refused_where_it_cannot_be(classifier, labelled, tmp_path):
+    out = tmp_path / "out"
+    said = error_of("compress", classifier, out, "--format", "2:4", "--calibrate", labelled)
+    assert said == "calibration: is for int8-static, but what was asked for is 2:4"
+    static = ["compress", classifier, out, "--format", "int8-static", "--calibrate"]
+    assert error_of(*static, tmp_path / "no.tsv") == f"{tmp_path / 'no.tsv'}: there is no such file"
+    assert "has no column 'other'" in error_of(*static, labelled, "--text-columns", "other")
+    assert "calibration takes one or two" in error_of(*static, labelled, "--text-columns", "a,b,c")
+    dumb = save(BertForSequenceClassification, tmp_path / "dumb", tokenizer=False)
+    said = error_of("compress", dumb, out, "--format", "int8-static", "--calibrate", labelled)
+    assert said == f"{dumb}: has no tokenizer, which calibrating on text needs"
+    assert not out.exists()
+
+
+def pruned(classifier: Path, folder: Path, selection) -> tuple[Path, sb.CompressionPlan]:
+    """The classifier as a method would leave it, dense with exact zeros or factors, and its plan."""
+    model = BertForSequenceClassification.from_pretrained(classifier)
+    sb.compress_(model, selection)
+    plan = {}
+    factors = {}
+    for path, module in model.named_modules():
+        if isinstance(module, sb.nn.LowRankLinear):
+            plan[path] = sb.LowRankConfig(ratio=0.25)
+            factors[path] = dict(zip("uv", module.neutral(), strict=True))
+        elif isinstance(module, sb.nn.NMLinear):
+            plan[path] = sb.NMConfig(2, 4)
+    sb.decompress_(model)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder, sb.CompressionPlan(plan, factors)
+
+
+def test_a_plan_packs_what_a_method_left(classifier, tmp_path):
+    selection = {"query": sb.NMConfig(2, 4), "output": sb.LowRankConfig(ratio=0.25)}
+    dense, plan = pruned(classifier, tmp_path / "dense", selection)
+    (tmp_path / "plan").mkdir()
+    plan.save(tmp_path / "plan")
+    # The folder, or the file in it.
+    for place in (tmp_path / "plan", tmp_path / "plan" / "plan.json"):
+        done = result_of("compress", dense, tmp_path / "out", "--plan", place, "--force")
+        assert (done["method"], done["plan"]) == ("as the plan says", str(place))
+        assert done["formats"] == {"query": {"2:4": 2}, "output": {"low-rank:0.25": 2}}
+        assert all(layer["kept_energy"] == pytest.approx(1) for layer in done["layers"])
+    model = BertForSequenceClassification.from_pretrained(dense)
+    sb.compress_(model, plan)
+    ids = torch.randint(5, 20, (3, 9))
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(ids).logits, sb.load_pretrained(tmp_path / "out")(ids).logits)
+    said = text("compress", dense, tmp_path / "out", "--plan", tmp_path / "plan", "--force")
+    assert f"Method: as the plan says ({tmp_path / 'plan'})" in said
+    assert "This command did not measure accuracy" in said and "One-shot" not in said
+
+
+def test_a_selection_is_compressed_in_one_shot(classifier, tmp_path):
+    from sparsebert.plan import save_selection
+
+    file = tmp_path / "mixed.json"
+    save_selection({"query": sb.NMConfig(2, 4), "output": sb.Int8Config(), "*.layer.1.*": None}, file)
+    done = result_of("compress", classifier, tmp_path / "out", "--plan", file)
+    assert done["method"] == "one-shot: magnitude; rounding"
+    assert done["formats"] == {"query": {"2:4": 1}, "output": {"int8": 1}}
+    assert done["skipped"]["bert.encoder.layer.1.output.dense"] == "left dense by the selection"
+
+
+def test_plans_that_do_not_hold_are_refused_in_one_line(classifier, tmp_path):
+    out = tmp_path / "out"
+
+    def refused(content, name="plan.json"):
+        file = tmp_path / name
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        said = error_of("compress", classifier, out, "--plan", file)
+        file.unlink()
+        return said
+
+    def layers(path, config):
+        return {"plan_version": 1, "layers": {path: config.to_dict()}}
+
+    assert error_of("compress", classifier, out, "--plan", tmp_path) == (
+        f"{tmp_path / 'plan.json'}: there is no such file"
+    )
+    missing = tmp_path / "missing.json"
+    assert error_of("compress", classifier, out, "--plan", missing) == f"{missing}: there is no such file"
+    assert refused("{").startswith(f"{tmp_path / 'plan.json'}: not readable as JSON")
+    assert "holds a JSON list, expected an object" in refused("[]")
+    assert "plan_version is 2, expected 1" in refused({"plan_version": 2, "layers": {}})
+    assert "expected an object 'selection'" in refused({"plan_version": 1})
+    assert "format is 'zip'" in refused({"plan_version": 1, "layers": {QUERY: {"format": "zip"}}})
+    assert "format is 'zip'" in refused({"plan_version": 1, "layers": {QUERY: {"format": "zip"}}}, "other.json")
+    assert "does not obey 2:4" in refused(layers(QUERY, sb.NMConfig(2, 4)))
+    assert refused(layers("bert.nowhere", sb.NMConfig(2, 4)), "other.json").startswith(
+        "bert.nowhere: the plan names this layer, but BertForSequenceClassification has no such module"
+    )
+    said = refused({"plan_version": 1, "selection": {"*.nowhere": sb.NMConfig(2, 4).to_dict()}})
+    assert "selection '*.nowhere' matches no linear layer" in said
+    low = layers(QUERY, sb.LowRankConfig(ratio=0.25))
+    assert "plan.safetensors" in refused(low)
+    assert "give the folder with plan.json and plan.safetensors" in refused(low, "other.json")
+    assert not out.exists()
+
+
 def test_compress_by_path_alone_needs_no_pattern(encoder, tmp_path):
     done = result_of("compress", encoder, tmp_path / "out", "--layer", "pooler.dense=1:2")
     assert [(layer["path"], layer["config"]) for layer in done["layers"]] == [("pooler.dense", "1:2")]
@@ -286,7 +523,7 @@ def test_compress_by_path_alone_needs_no_pattern(encoder, tmp_path):
 
 def test_compress_without_a_tokenizer_says_so(tmp_path):
     dense = save(BertModel, tmp_path / "dense", tokenizer=False)
-    assert "no tokenizer beside the model" in text("compress", dense, tmp_path / "out", "--pattern", "2:4")
+    assert "no tokenizer beside the model" in text("compress", dense, tmp_path / "out", "--format", "2:4")
 
 
 def test_compress_warns_of_random_and_of_lost_tensors(tmp_path):
@@ -294,9 +531,9 @@ def test_compress_warns_of_random_and_of_lost_tensors(tmp_path):
     tensors = load_file(dense / "model.safetensors")
     tensors["surplus.weight"] = tensors.pop("pooler.dense.weight")
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
-    done = result_of("compress", dense, tmp_path / "out", "--pattern", "2:4")
+    done = result_of("compress", dense, tmp_path / "out", "--format", "2:4")
     assert (done["untrained"], done["dropped"]) == (["pooler.dense.weight"], ["surplus.weight"])
-    said = text("compress", dense, tmp_path / "out2", "--pattern", "2:4")
+    said = text("compress", dense, tmp_path / "out2", "--format", "2:4")
     assert "Warning: the checkpoint lacks pooler.dense.weight" in said
     assert "no place for surplus.weight" in said
 
@@ -312,45 +549,45 @@ def test_compress_warns_of_random_and_of_lost_tensors(tmp_path):
 )
 def test_compress_refuses_in_the_words_of_the_library(classifier, tmp_path, options, complaint):
     assert complaint in error_of(
-        "compress", classifier, tmp_path / "out", "--pattern", "2:4", "--device", "cpu", *options
+        "compress", classifier, tmp_path / "out", "--format", "2:4", "--device", "cpu", *options
     )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(classifier, tmp_path):
-    options = ["--pattern", "2:4", "--device", "cuda"]
+    options = ["--format", "2:4", "--device", "cuda"]
     assert "torch finds no CUDA device here" in error_of("compress", classifier, tmp_path / "out", *options)
 
 
 def test_compress_refuses_what_is_no_dense_model(packed, classifier, tmp_path):
     out = tmp_path / "out"
-    assert "there is no such folder" in error_of("compress", tmp_path / "missing", out, "--pattern", "2:4")
-    assert "there is no config.json" in error_of("compress", tmp_path, out, "--pattern", "2:4")
-    assert "is a file" in error_of("compress", packed / "config.json", out, "--pattern", "2:4")
-    assert "is compressed already" in error_of("compress", packed, out, "--pattern", "2:4")
+    assert "there is no such folder" in error_of("compress", tmp_path / "missing", out, "--format", "2:4")
+    assert "there is no config.json" in error_of("compress", tmp_path, out, "--format", "2:4")
+    assert "is a file" in error_of("compress", packed / "config.json", out, "--format", "2:4")
+    assert "is compressed already" in error_of("compress", packed, out, "--format", "2:4")
     other = copy(classifier, tmp_path / "other")
     configured(other, quantization_config={"quant_method": "gptq"})
-    assert "is compressed by 'gptq'" in error_of("compress", other, out, "--pattern", "2:4")
+    assert "is compressed by 'gptq'" in error_of("compress", other, out, "--format", "2:4")
     assert not out.exists()
 
 
 def test_a_name_that_is_no_folder_is_looked_for_on_the_hub(tmp_path):
     # The tests run without the hub.
-    said = error_of("compress", "someone/bert-that-is-not-there", tmp_path / "out", "--pattern", "2:4")
+    said = error_of("compress", "someone/bert-that-is-not-there", tmp_path / "out", "--format", "2:4")
     assert said.startswith("someone/bert-that-is-not-there: there is no such folder, and the hub did not give it")
 
 
 def test_code_of_other_repositories_is_refused(classifier, tmp_path):
     dense = copy(classifier, tmp_path / "dense")
     configured(dense, attn_implementation="someone/kernel")
-    assert "names code of another repository" in error_of("compress", dense, tmp_path / "out", "--pattern", "2:4")
+    assert "names code of another repository" in error_of("compress", dense, tmp_path / "out", "--format", "2:4")
 
 
 def test_pickled_weights_are_not_read(tmp_path):
     dense = save(BertModel, tmp_path / "dense")
     (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
-    said = error_of("compress", dense, tmp_path / "out", "--pattern", "2:4")
+    said = error_of("compress", dense, tmp_path / "out", "--format", "2:4")
     assert "holds no safetensors file" in said
 
 
@@ -358,30 +595,30 @@ def test_compress_spares_what_is_in_the_way(classifier, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    assert "is not empty" in error_of("compress", classifier, out, "--pattern", "2:4")
-    assert "which --force does not remove" in error_of("compress", classifier, out, "--pattern", "2:4", "--force")
+    assert "is not empty" in error_of("compress", classifier, out, "--format", "2:4")
+    assert "which --force does not remove" in error_of("compress", classifier, out, "--format", "2:4", "--force")
     assert [file.name for file in out.iterdir()] == ["notes.txt"]
-    assert "is a file" in error_of("compress", classifier, out / "notes.txt", "--pattern", "2:4", "--force")
+    assert "is a file" in error_of("compress", classifier, out / "notes.txt", "--format", "2:4", "--force")
     before = sorted(file.name for file in classifier.iterdir())
-    assert "is the model itself" in error_of("compress", classifier, classifier, "--pattern", "2:4", "--force")
+    assert "is the model itself" in error_of("compress", classifier, classifier, "--format", "2:4", "--force")
     assert sorted(file.name for file in classifier.iterdir()) == before
 
 
 def test_force_replaces_a_saved_model_and_nothing_of_it_stays(classifier, packed, tmp_path):
     out = copy(packed, tmp_path / "out")
     (out / "model.safetensors").rename(out / "model-00001-of-00001.safetensors")
-    text("compress", classifier, out, "--pattern", "1:4", "--force")
+    text("compress", classifier, out, "--format", "1:4", "--force")
     assert not (out / "model-00001-of-00001.safetensors").exists()
     assert result_of("info", out)["formats"] == {"1:4": ENCODER_LINEARS}
     assert list(tmp_path.iterdir()) == [out]
     # A folder with other folders in it may be anything.
     (out / "checkpoint-1").mkdir()
-    assert "does not remove" in error_of("compress", classifier, out, "--pattern", "1:4", "--force")
+    assert "does not remove" in error_of("compress", classifier, out, "--format", "1:4", "--force")
 
 
 def test_an_empty_folder_is_as_good_as_none(classifier, tmp_path):
     (tmp_path / "out").mkdir()
-    text("compress", classifier, tmp_path / "out", "--pattern", "2:4")
+    text("compress", classifier, tmp_path / "out", "--format", "2:4")
     assert result_of("info", tmp_path / "out")["compressed"]
 
 
@@ -391,7 +628,7 @@ def test_a_weight_with_nan_is_named_and_leaves_nothing_behind(tmp_path, name):
         model.get_parameter(name).data[1, 2] = math.nan
 
     dense = save(BertModel, tmp_path / "dense", edit=spoil)
-    said = error_of("compress", dense, tmp_path / "new" / "out", "--pattern", "2:4")
+    said = error_of("compress", dense, tmp_path / "new" / "out", "--format", "2:4")
     assert said.startswith(f"{name}: holds NaN")
     assert list(tmp_path.iterdir()) == [dense]
 
@@ -407,7 +644,7 @@ def test_a_failure_while_saving_leaves_all_as_it_was(classifier, packed, tmp_pat
         raise failure
 
     monkeypatch.setattr(sb, "save_pretrained", half)
-    result = run("compress", classifier, out, "--pattern", "1:4", *(["--force"] if force else []))
+    result = run("compress", classifier, out, "--format", "1:4", *(["--force"] if force else []))
     assert result.exit_code == code
     assert result.stderr.splitlines() == ["error: disk full" if code == 1 else "interrupted"]
     assert list(tmp_path.iterdir()) == ([out] if force else [])
@@ -421,13 +658,17 @@ def test_info_describes_the_machine():
     found = result_of("info")
     assert found["environment"]["torch"] == torch.__version__
     assert set(found["backends"]) == {"cuda", "triton", "torch", "reference"}
-    layouts = {entry["layout"]: entry for entry in found["layouts"]}
-    assert layouts["neutral"]["refused"] is None
+    layouts = {(entry["op"], entry["layout"]): entry for entry in found["layouts"]}
+    ops = {"nm_linear", "bitmap_linear", "low_rank_linear", "low_rank_sparse_linear", "int8_linear"}
+    assert {op for op, _ in layouts} == ops
+    assert all(layouts[op, name]["refused"] is None for op in ops for name in ("neutral", "dense"))
     assert all(entry["kernels"] for entry in found["layouts"])
     if not torch.cuda.is_available():
-        assert found["backends"]["reference"]["layouts"] == ["neutral", "dense"]
-        assert found["backends"]["torch"] == {"layouts": [], "refused": "needs a CUDA device, not cpu"}
-        assert layouts["cusparselt"]["refused"] == "needs a CUDA device, not cpu"
+        assert found["backends"]["reference"]["layouts"]["nm_linear"] == ["neutral", "dense"]
+        assert set(found["backends"]["reference"]["layouts"]) == ops
+        assert layouts["nm_linear", "cusparselt"]["refused"] == "needs a CUDA device, not cpu"
+    said = text("info")
+    assert "rank 96 + 76 rows" in said and "int8 dynamic" in said
     assert found["measurements"]["exists"] is False
     assert "none yet" in text("info")
 
@@ -435,7 +676,7 @@ def test_info_describes_the_machine():
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_info_counts_what_size_report_counts(classifier, tmp_path, dtype):
     out = tmp_path / "out"
-    text("compress", classifier, out, "--pattern", "2:4", "--layer", "classifier=1:2", "--layer", "key=dense",
+    text("compress", classifier, out, "--format", "2:4", "--layer", "classifier=1:2", "--layer", "key=dense",
          "--dtype", dtype)  # fmt: skip
     found = result_of("info", out)
     report = sb.size_report(sb.load_pretrained(out))
@@ -616,6 +857,8 @@ def test_eval_prints_one_table(classifier, packed, labelled, tmp_path):
     other = copy(classifier, tmp_path / "[bold]")
     said = text("eval", packed, "--data", labelled, "--compare", other, "--limit", "9")
     assert "[bold]" in said
+    if not torch.cuda.is_available():
+        assert "compute with the unpacked weight" in said
     for words in ("classification on 9 rows", "accuracy", "F1", "Matthews correlation", "latency a batch", "difference",
                   "predict the same class"):  # fmt: skip
         assert words in said
@@ -624,7 +867,7 @@ def test_eval_prints_one_table(classifier, packed, labelled, tmp_path):
 def test_eval_computes_in_the_dtype_asked_for(classifier, tmp_path, labelled):
     pytest.importorskip("sklearn")
     half = tmp_path / "half"
-    text("compress", classifier, half, "--pattern", "2:4", "--dtype", "float16")
+    text("compress", classifier, half, "--format", "2:4", "--dtype", "float16")
     options = ["eval", half, "--data", labelled, "--compare", classifier, "--limit", "4"]
     assert [entry["dtype"] for entry in result_of(*options)["models"]] == ["float16", "float32"]
     assert "The two compute in float16 and float32" in text(*options)

@@ -11,6 +11,7 @@ import sparsebert as sb
 from sparsebert.formats import nm
 from sparsebert.nn import NMLinear
 from sparsebert.ops import layouts, nm_linear, select
+from sparsebert.ops.specs import NMSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,11 +24,12 @@ ACTIVATIONS = {"none": lambda y: y, "gelu": F.gelu, "relu": torch.relu}
 
 def held(layout, out_features, in_features, n, m, dtype, device="cuda"):
     """``(weight tensors, dense weight, kwargs)``, or a skip with the device's reason."""
-    spec = layouts.Spec(n, m, in_features, out_features)
-    if reason := layouts.get(layout).supports(spec, dtype, torch.device(device)):
+    spec = NMSpec(n, m, in_features, out_features)
+    if reason := layouts.get("nm_linear", layout).supports(spec, dtype, torch.device(device)):
         pytest.skip(f"{layout}: {reason}")
     dense = nm.project(torch.randn(out_features, in_features), n, m).to(device, dtype)
-    return layouts.get(layout).from_dense(dense, spec), dense, {**spec._asdict(), "layout": layout}
+    weight = layouts.get("nm_linear", layout).from_neutral(list(nm.pack(dense, n, m)), spec, dtype)
+    return weight, dense, {**spec._asdict(), "layout": layout}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,8 +57,8 @@ def test_numbers_against_float64(layout, n, m, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_the_weight_back_bit_for_bit(layout, dtype):
     weight, dense, _ = held(layout, 768, 3072, 2, 4, dtype)
-    spec = layouts.Spec(2, 4, 3072, 768)
-    assert torch.equal(layouts.get(layout).to_dense(weight, spec), dense)
+    spec = NMSpec(2, 4, 3072, 768)
+    assert torch.equal(layouts.get("nm_linear", layout).to_dense(weight, spec, weight[0].dtype), dense)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -123,14 +125,14 @@ def test_a_module_moves_and_saves_the_same_bytes(dtype):
 
 def test_autocast_leaves_kernel_layouts_in_their_dtype():
     for layout in LAYOUTS:
-        spec = layouts.Spec(2, 4, 128, 64)
-        if layouts.get(layout).supports(spec, torch.float16, torch.device("cuda")):
+        spec = NMSpec(2, 4, 128, 64)
+        if layouts.get("nm_linear", layout).supports(spec, torch.float16, torch.device("cuda")):
             continue
         weight, dense, kwargs = held(layout, 64, 128, 2, 4, torch.float16)
         x = torch.randn(8, 128, device="cuda")
         with torch.autocast("cuda", dtype=torch.bfloat16):
             y = nm_linear(x, weight, None, **kwargs)
-        expected = torch.bfloat16 if layouts.get(layout).castable else torch.float16
+        expected = torch.bfloat16 if layouts.get("nm_linear", layout).castable else torch.float16
         assert y.dtype == expected
         exact = F.linear(x.double(), dense.double())
         error = (F.linear(x.to(expected), dense.to(expected)).double() - exact).abs().max()

@@ -1,0 +1,56 @@
+"""``sparsebert::low_rank_linear``: y = activation((x vᵀ) uᵀ + b), with u ``(out, rank)`` and v ``(rank, in)``.
+
+The factors are used as factors: 2 T rank (in + out) operations for T tokens instead of 2 T in out. See ``ops.linear``
+for the contract. The layout ``dense`` holds the product beside the factors, which cannot be told from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsebert.formats import low_rank
+from sparsebert.ops import layouts, reference, select
+from sparsebert.ops.activations import activate
+from sparsebert.ops.layouts import COMPUTE, Held
+from sparsebert.ops.select import Candidate, Problem
+from sparsebert.ops.specs import LowRankSpec
+
+OP = "low_rank_linear"
+
+
+def low_rank_linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, *, layout: str, **sizes: Any) -> Tensor:
+    """y = activation((x vᵀ) uᵀ + b); keywords ``rank, in_features, out_features, activation``.
+
+    ``weight`` in layout ``neutral``: ``u (out, rank)`` and ``v (rank, in)``. Errors as those of ``nm_linear``.
+    """
+    return torch.ops.sparsebert.low_rank_linear(x, weight, bias, layout=layout, **sizes)
+
+
+def tensors(spec: LowRankSpec) -> dict[str, Held]:
+    return {
+        "u": Held((spec.out_features, spec.rank), COMPUTE),
+        "v": Held((spec.rank, spec.in_features), COMPUTE),
+    }
+
+
+def unpack(weight: list[Tensor], spec: LowRankSpec, dtype: torch.dtype | None = None) -> Tensor:
+    """The product, in the factors' dtype."""
+    return low_rank.unpack(weight[0], weight[1])
+
+
+def _factors(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
+    u, v = weight
+    return activate(F.linear(F.linear(x, v), u, bias), problem.activation)
+
+
+layouts.add(layouts.neutral(OP, tensors, unpack))
+layouts.add(layouts.dense_and_neutral(OP))
+
+select.add_candidate(
+    Candidate(OP, layouts.NEUTRAL, "reference", "torch's linear on each factor", reference.always, _factors)
+)
+select.add_candidate(reference.unpacked(OP, layouts.DENSE))

@@ -1,0 +1,150 @@
+"""``sparsebert::low_rank_sparse_linear``: y = activation((x vᵀ) uᵀ + x Sᵀ + b), a low-rank and a sparse part.
+
+S has whole rows (``rows``), an n:m pattern (``nm``) or any places (``bitmap``). See ``ops.linear`` for the contract.
+
+Layouts besides ``neutral``: ``stacked`` (rows only) holds v and the rows of S as one matrix ``(rank + count, in)``, so
+that x is read once: [t; s] = x [v; S']ᵀ, y = t uᵀ, y[:, rows] += s. ``dense`` holds the unpacked weight beside the
+neutral tensors, which cannot be told from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsebert.formats import bitmap, low_rank, nm, rows
+from sparsebert.ops import layouts, reference, select
+from sparsebert.ops.activations import activate
+from sparsebert.ops.layouts import COMPUTE, Held, Layout
+from sparsebert.ops.select import Candidate, Problem
+from sparsebert.ops.specs import LowRankSparseSpec
+
+OP = "low_rank_sparse_linear"
+STACKED = "stacked"
+
+
+def low_rank_sparse_linear(
+    x: Tensor, weight: list[Tensor], bias: Tensor | None, *, layout: str, **sizes: Any
+) -> Tensor:
+    """y = activation((x vᵀ) uᵀ + x Sᵀ + b); keywords ``rank, sparse, n, m, count, in_features, out_features,
+    activation`` (see ``ops.specs.LowRankSparseSpec``).
+
+    ``weight`` in layout ``neutral``: ``u (out, rank)``, ``v (rank, in)`` and the tensors of S: ``rows`` and ``values``,
+    ``values`` and ``positions``, or ``values``, ``bitmap`` and ``row_offsets``. Errors as those of ``nm_linear``.
+    """
+    return torch.ops.sparsebert.low_rank_sparse_linear(x, weight, bias, layout=layout, **sizes)
+
+
+def sparse_tensors(spec: LowRankSparseSpec) -> dict[str, Held]:
+    """The tensors of S."""
+    out, columns = spec.out_features, spec.in_features
+    if spec.sparse == "rows":
+        return {"rows": Held((spec.count,), torch.int32), "values": Held((spec.count, columns), COMPUTE)}
+    if spec.sparse == "nm":
+        values, positions = nm.packed_shapes(spec.n, spec.m, out, columns)
+        return {"values": Held(values, COMPUTE), "positions": Held(positions, torch.uint8)}
+    if spec.sparse != "bitmap":
+        raise ValueError(f"{OP}: sparse is {spec.sparse!r}, expected one of rows, nm, bitmap")
+    values_shape, bits, offsets = bitmap.packed_shapes(out, columns, spec.count)
+    return {
+        "values": Held(values_shape, COMPUTE),
+        "bitmap": Held(bits, torch.uint8),
+        "row_offsets": Held(offsets, torch.int64),
+    }
+
+
+def unpack_sparse(sparse: list[Tensor], spec: LowRankSparseSpec) -> Tensor:
+    """S ``(out, in)`` from its tensors."""
+    if spec.sparse == "rows":
+        return rows.unpack(sparse[0], sparse[1], spec.out_features)
+    if spec.sparse == "nm":
+        return nm.unpack(sparse[0], sparse[1], spec.n, spec.m, spec.in_features)
+    return bitmap.unpack(sparse[0], sparse[1], sparse[2], spec.in_features)
+
+
+def pack_sparse(dense: Tensor, spec: LowRankSparseSpec, *, name: str = "weight") -> list[Tensor]:
+    """Inverse of ``unpack_sparse``; ``ValueError`` naming ``name`` where S does not obey its pattern."""
+    if spec.sparse == "rows":
+        return list(rows.pack(dense, spec.count, name=name))
+    if spec.sparse == "nm":
+        return list(nm.pack(dense, spec.n, spec.m, name=name))
+    return list(bitmap.pack(dense, name=name, nnz=spec.count))
+
+
+def tensors(spec: LowRankSparseSpec) -> dict[str, Held]:
+    return {
+        "u": Held((spec.out_features, spec.rank), COMPUTE),
+        "v": Held((spec.rank, spec.in_features), COMPUTE),
+        **{f"sparse.{name}": held for name, held in sparse_tensors(spec).items()},
+    }
+
+
+def unpack(weight: list[Tensor], spec: LowRankSparseSpec, dtype: torch.dtype | None = None) -> Tensor:
+    """u v + S in their own dtype, rounded once."""
+    u, v, *sparse = weight
+    if u.dtype in (torch.float16, torch.bfloat16):
+        return low_rank.unpack(u.float(), v.float()).add_(unpack_sparse(sparse, spec)).to(u.dtype)
+    return low_rank.unpack(u, v).add_(unpack_sparse(sparse, spec))
+
+
+def _neutral(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
+    u, v, *sparse = weight
+    y = F.linear(F.linear(x, v), u, bias)
+    if problem.spec.sparse == "rows":
+        y.index_add_(-1, sparse[0], F.linear(x, sparse[1]))
+    else:
+        y += F.linear(x, unpack_sparse(sparse, problem.spec))
+    return activate(y, problem.activation)
+
+
+def _stacked(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
+    stacked, u, places = weight
+    t, s = F.linear(x, stacked).split((problem.spec.rank, problem.spec.count), dim=-1)
+    y = F.linear(t, u, bias)
+    return activate(y.index_add_(-1, places, s), problem.activation)
+
+
+def _stacked_tensors(spec: LowRankSparseSpec) -> dict[str, Held]:
+    return {
+        "stacked": Held((spec.rank + spec.count, spec.in_features), COMPUTE),
+        "u": Held((spec.out_features, spec.rank), COMPUTE),
+        "rows": Held((spec.count,), torch.int32),
+    }
+
+
+def _stack(weight: list[Tensor], spec: LowRankSparseSpec, dtype: torch.dtype) -> list[Tensor]:
+    u, v, places, values = weight
+    return [torch.cat((v, values)), u, places]
+
+
+def _unstack(weight: list[Tensor], spec: LowRankSparseSpec) -> list[Tensor]:
+    stacked, u, places = weight
+    # Copies: a slice would keep the whole stack alive.
+    return [u, stacked[: spec.rank].clone(), places, stacked[spec.rank :].clone()]
+
+
+layouts.add(layouts.neutral(OP, tensors, unpack))
+layouts.add(layouts.dense_and_neutral(OP))
+layouts.add(
+    Layout(
+        OP,
+        STACKED,
+        _stacked_tensors,
+        lambda spec, dtype, device: (
+            None if spec.sparse == "rows" else f"needs a sparse part of rows, not {spec.sparse}"
+        ),
+        from_neutral=_stack,
+        to_neutral=_unstack,
+        to_dense=lambda weight, spec, dtype: unpack(_unstack(weight, spec), spec),
+    )
+)
+
+for _layout, _text, _run in (
+    (layouts.NEUTRAL, "torch's linear on each factor and on the unpacked sparse part", _neutral),
+    (STACKED, "torch's linear on the stacked factors, rows added", _stacked),
+):
+    select.add_candidate(Candidate(OP, _layout, "reference", _text, reference.always, _run))
+select.add_candidate(reference.unpacked(OP, layouts.DENSE))

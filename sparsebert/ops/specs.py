@@ -1,0 +1,114 @@
+"""What an op is told about a weight besides its tensors: the pattern and the sizes, one named tuple an op.
+
+The fields are the op's keyword arguments, in order; ``op`` is its name and ``label`` how tables and messages call the
+pattern. ``SPECS`` has them all by op.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class NMSpec(NamedTuple):
+    """An n:m weight: n of every m along ``in_features``."""
+
+    n: int
+    m: int
+    in_features: int
+    out_features: int
+
+    @property
+    def op(self) -> str:
+        return "nm_linear"
+
+    @property
+    def label(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+class BitmapSpec(NamedTuple):
+    """An unstructured sparse weight with ``nnz`` non-zeros."""
+
+    nnz: int
+    in_features: int
+    out_features: int
+
+    @property
+    def op(self) -> str:
+        return "bitmap_linear"
+
+    @property
+    def label(self) -> str:
+        return f"bitmap {self.nnz / max(1, self.in_features * self.out_features):.3g}"
+
+
+class LowRankSpec(NamedTuple):
+    """A product of two factors."""
+
+    rank: int
+    in_features: int
+    out_features: int
+
+    @property
+    def op(self) -> str:
+        return "low_rank_linear"
+
+    @property
+    def label(self) -> str:
+        return f"rank {self.rank}"
+
+
+class LowRankSparseSpec(NamedTuple):
+    """A product of two factors plus a sparse part.
+
+    ``sparse`` is ``rows``, ``nm`` or ``bitmap``. ``n`` and ``m`` are those of ``nm`` (1 and 1 else); ``count`` is the
+    number of rows or of non-zeros (0 for ``nm``).
+    """
+
+    rank: int
+    sparse: str
+    n: int
+    m: int
+    count: int  # type: ignore[assignment]  # hides a method of tuples that nothing here needs
+    in_features: int
+    out_features: int
+
+    @property
+    def op(self) -> str:
+        return "low_rank_sparse_linear"
+
+    @property
+    def label(self) -> str:
+        if self.sparse == "nm":
+            return f"rank {self.rank} + {self.n}:{self.m}"
+        if self.sparse == "rows":
+            return f"rank {self.rank} + {self.count} rows"
+        return f"rank {self.rank} + bitmap {self.count / max(1, self.in_features * self.out_features):.3g}"
+
+
+class Int8Spec(NamedTuple):
+    """An int8 weight. ``activations`` is ``dynamic`` or ``static``; ``n`` and ``m`` its pattern, 1 and 1 for none."""
+
+    activations: str
+    n: int
+    m: int
+    in_features: int
+    out_features: int
+
+    @property
+    def op(self) -> str:
+        return "int8_linear"
+
+    @property
+    def label(self) -> str:
+        return f"int8 {self.activations}" + ("" if self.m == 1 else f" {self.n}:{self.m}")
+
+
+Spec = NMSpec | BitmapSpec | LowRankSpec | LowRankSparseSpec | Int8Spec
+SPECS: dict[str, type[Spec]] = {
+    "nm_linear": NMSpec,
+    "bitmap_linear": BitmapSpec,
+    "low_rank_linear": LowRankSpec,
+    "low_rank_sparse_linear": LowRankSparseSpec,
+    "int8_linear": Int8Spec,
+}
