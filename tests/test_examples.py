@@ -1,8 +1,10 @@
 """The examples run, and the README shows nothing else than what they run."""
 
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,22 +26,92 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def sentence_folder(model_folder, tmp_path_factory):
+    """A bare encoder with mean pooling, as sentence-transformers saves it."""
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    folder = tmp_path_factory.mktemp("sentence")
+    encoder = Transformer(str(model_folder), max_seq_length=16)
+    st.SentenceTransformer(modules=[encoder, Pooling(32)], device="cpu").save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture
+def run(root, tmp_path, monkeypatch, capsys):
+    """``run(script, *arguments)``: what it printed. In this process, which has its imports already."""
+
+    def call(script, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(root / "examples" / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
         ("swap_layers.py", ["compressed 12 layers", "torch.Size([1, 7, 32])", "not measured here"]),
         ("save_and_load.py", ["whole model", "the same numbers, bit for bit: True"]),
         ("prune_then_train.py", ["encoder linears"]),
+        (
+            "mixed_plan.py",
+            [
+                "compressed 4 layers",
+                "left dense: encoder.layer.0.attention.self.query: left dense by the selection",
+                "2:4 in 32 of 64 columns",
+                "32 of 64 rows",
+                "compressed 1 layers",
+                "rank 10",
+            ],
+        ),
+        ("int8_calibrated.py", ["calibrated 12 layers on 16 batches, minmax", "the same numbers: True"]),
+        (
+            "share_on_hub.py",
+            [
+                "README.md: text, ",
+                "config.json: JSON, ",
+                "model.safetensors: safetensors, ",
+                "tokenizer.json: JSON, ",
+            ],
+        ),
     ],
 )
-def test_example_runs(script, expected, root, model_folder, tmp_path):
-    arguments = [str(model_folder), *([] if script == "swap_layers.py" else [str(tmp_path / "out")])]
-    done = subprocess.run(
-        [sys.executable, str(root / "examples" / script), *arguments], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
+def test_example_runs(script, expected, run, model_folder, tmp_path):
+    printed = run(script, model_folder, *([] if script == "swap_layers.py" else [tmp_path / "out"]))
     for text in expected:
-        assert text in done.stdout
+        assert text in printed
+
+
+def test_sentence_transformer(run, sentence_folder, tmp_path):
+    printed = run("sentence_transformer.py", sentence_folder, tmp_path / "out")
+    assert "packed as saved: 2:4" in printed
+    assert "the same embeddings, bit for bit: True" in printed
+
+
+def test_an_example_runs_as_the_readme_says(root, model_folder, tmp_path):
+    """In a process of its own, from another folder."""
+    command = [sys.executable, root / "examples" / "save_and_load.py", model_folder, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the same numbers, bit for bit: True" in done.stdout
+
+
+def test_every_example_is_run(root):
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert [path.name for path in (root / "examples").glob("*.py") if f'"{path.name}"' not in text] == []
+
+
+def test_what_is_shared_is_safetensors_json_and_text(root, tmp_path):
+    """Where a file of another kind lies in the folder, the example stops before it uploads anything."""
+    kind_of = runpy.run_path(str(root / "examples" / "share_on_hub.py"))["kind_of"]
+    for name, content in (("weights.bin", b"\x80\x02"), ("config.json", b"{"), ("README.md", b"\xff\xfe\x00")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError):
+            kind_of(tmp_path / name)
 
 
 def test_readme_shows_lines_of_the_examples(root):
