@@ -243,22 +243,6 @@ def test_what_validates_is_the_packed_form_of_its_weight(positions, values):
     assert torch.equal(again[0], values) and torch.equal(again[1], positions)
 
 
-def test_config_round_trip_and_parsing():
-    from sparsebert.configs import config_from_dict
-
-    for n, m in PATTERNS:
-        assert config_from_dict(NMConfig(n, m).to_dict()) == NMConfig(n, m)
-    assert NMConfig.parse(" 2:8 ") == NMConfig(2, 8)
-    for text in ("2-4", "4", "2:4:8", "-1:4"):
-        with pytest.raises(ValueError, match="not an n:m pattern"):
-            NMConfig.parse(text)
-    for bad in ({"format": "nope"}, {"format": "nm", "n": 2}, {"format": "nm", "n": 2, "m": 4, "x": 1}):
-        with pytest.raises(ValueError, match="config: "):
-            config_from_dict(bad)
-    with pytest.raises(TypeError, match="n is 2.0, expected an int"):
-        NMConfig(2.0, 4)
-
-
 def test_int8_values_pack_to_these_bytes():
     weight = torch.tensor([[0, 127, 0, -127], [0, 0, 0, 0], [0, 0, -1, 0]], dtype=torch.int8)
     values, positions = nm.pack(weight, 2, 4)
