@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsebert.configs import GROUP_SIZES, NMConfig
+from sparsebert.configs import GROUP_SIZES
 from sparsebert.formats import nm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
