@@ -92,7 +92,7 @@ def decompress_(model: nn.Module) -> nn.Module:
 
 
 def prepare_(model: nn.Module, layout: str = "auto") -> nn.Module:
-    """Holds every packed layer in ``layout`` (see ``NMLinear.prepare_``). In place; returns ``model``.
+    """Holds every packed layer in ``layout`` (see ``PackedLinear.prepare_``). In place; returns ``model``.
 
     ``ValueError`` where a layer cannot be held so; no layer is changed then.
     """

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparsebert.formats._shared import (
+from sparsebert.formats.common import (
     DTYPES,
     check_count,
     check_matrix,

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsebert.formats._shared import (
+from sparsebert.formats.common import (
     DTYPES,
     check_matrix,
     check_one_device,

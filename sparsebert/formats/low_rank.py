@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparsebert.formats._shared import (
+from sparsebert.formats.common import (
     DTYPES,
     check_matrix,
     check_one_device,

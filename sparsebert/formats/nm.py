@@ -23,14 +23,13 @@ With column compaction a third tensor says which inputs the weight reads, and ``
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from sparsebert.configs import NMConfig
-from sparsebert.formats._shared import (
+from sparsebert.formats.common import (
     DTYPES,
     check_count,
     check_indices,
@@ -207,8 +206,7 @@ def column_count(in_features: int, fraction: float, m: int) -> int:
     if m < 1 or in_features < m:
         raise ValueError(f"column_count: in_features is {in_features}, expected at least m = {m} >= 1")
     wanted = whole_below(fraction * in_features)
-    # Powers of two: the larger of the two.
-    unit = math.lcm(m, _COLUMN_UNIT)
+    unit = max(m, _COLUMN_UNIT)
     return wanted // unit * unit or max(wanted // m * m, m)
 
 

@@ -24,7 +24,7 @@ from sparsebert.configs import (
     SparseConfig,
 )
 from sparsebert.formats import bitmap, low_rank, nm, rows
-from sparsebert.formats._shared import refuse_non_finite
+from sparsebert.formats.common import refuse_non_finite
 
 
 class Approximation(NamedTuple):

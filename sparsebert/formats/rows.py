@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsebert.formats._shared import (
+from sparsebert.formats.common import (
     DTYPES,
     check_count,
     check_indices,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsebert.formats import nm
-from sparsebert.formats._shared import check_indices
+from sparsebert.formats.common import check_indices
 from sparsebert.ops import layout_choice, layouts, select
 from sparsebert.ops.activations import ACTIVATIONS, activate
 from sparsebert.ops.layouts import COMPUTE, DENSE, FLOAT, NEUTRAL, Held
