@@ -1,8 +1,10 @@
 """The contract of every method: ``Method(config).prepare(model, total_steps=...)`` gives a ``Run``.
 
-A run never puts anything into the model that would be saved with it: masks live in the run. The loop is the user's::
+A run never puts anything into the model that is there when it ends: masks, duals and scores live in the run. The loop
+is the user's::
 
     run = sb.methods.Magnitude(sb.NMConfig(2, 4)).prepare(model, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters())
     run.attach(optimizer)
     for inputs in batches:
         outputs = model(**inputs)
@@ -15,7 +17,8 @@ A run never puts anything into the model that would be saved with it: masks live
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,45 +36,79 @@ class Method(ABC):
     @abstractmethod
     def prepare(self, model: nn.Module, *, total_steps: int, teacher: nn.Module | None = None) -> Run:
         """Starts the method on ``model``. ``total_steps`` counts optimizer steps; what a method does at which step is
-        fixed here, and a schedule that does not fit is a ``ValueError``."""
+        fixed here, and a schedule that does not fit is a ``ValueError``.
+
+        Make the optimizer afterwards: some methods give the model other parameters until they are finalized.
+        """
+
+    def _refuse_teacher(self, teacher: nn.Module | None) -> None:
+        if teacher is not None:
+            raise ValueError(f"{type(self).__name__}: takes no teacher; add a distillation loss in the training loop")
+
+
+class Kind(NamedTuple):
+    """One kind of tensor that a run keeps for each layer: its dtype (None: that of the weight) and whether it is a
+    single number, or of the weight's shape."""
+
+    dtype: torch.dtype | None = None
+    scalar: bool = False
 
 
 class Run(ABC):
-    """A method at work on one model: hooks around ``optimizer.step``, a loss term, a state to resume from."""
+    """A method at work on one model: hooks around ``optimizer.step``, a loss term, a state to resume from.
+
+    A subclass names the tensors it keeps in ``kinds`` and keeps them in ``state``, kind -> path -> tensor: that is what
+    is saved and resumed. Whether a step is the first of a phase must follow from ``step`` and ``state`` alone.
+    """
+
+    kinds: ClassVar[Mapping[str, Kind]] = {}
+    # Whether training without ``loss`` would be another method: a step without it is then an error.
+    needs_loss: bool = False
 
     def __init__(self, model: nn.Module, selection: Selection, total_steps: int) -> None:
-        if not isinstance(total_steps, int) or total_steps < 1:
-            raise ValueError(f"{type(self).__name__}: total_steps is {total_steps!r}, expected a positive int")
+        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+            raise ValueError(f"{self.method}: total_steps is {total_steps!r}, expected a positive int")
         self.model = model
         self.total_steps = total_steps
         self.step = 0
         chosen, self.skipped = select(model, selection)
         self.configs: dict[str, Config] = chosen
+        self.state: dict[str, dict[str, Tensor]] = {}
         self._handles: list[Any] = []
+        self._loss_added = False
 
-    def weight(self, path: str) -> nn.Parameter:
-        """The weight ``(out_features, in_features)`` of the layer at ``path``."""
+    @property
+    def method(self) -> str:
+        """The method's name, for messages."""
+        return type(self).__name__.removesuffix("Run")
+
+    def weight(self, path: str) -> Tensor:
+        """The weight ``(out_features, in_features)`` of the layer at ``path``, as the model computes with it."""
         return self.model.get_submodule(path).weight  # type: ignore[return-value]
+
+    def trained(self, path: str) -> list[nn.Parameter]:
+        """What the optimizer is to train in place of this layer's weight: the weight itself, in most methods."""
+        return [self.weight(path)]  # type: ignore[list-item]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Run:
         """Installs the hooks on ``optimizer``: before a step on the accumulated, clipped gradients, after it on the new
         weights. A step that a loss scaler skips counts for nothing. ``ValueError`` where a run is attached already, or
         the optimizer does not hold a weight that the run prunes and that requires grad."""
         if self._handles:
-            raise ValueError(f"{type(self).__name__}: already attached to an optimizer")
+            raise ValueError(f"{self.method}: already attached to an optimizer")
         # Wrappers such as Accelerate's pass step on to the optimizer they hold, whose hooks are the ones that run.
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for path in self.configs:
-            weight = self.weight(path)
-            if weight.requires_grad and id(weight) not in held:
+            if any(weight.requires_grad and id(weight) not in held for weight in self.trained(path)):
                 raise ValueError(
-                    f"{type(self).__name__}: {path}: weight requires grad but is not in the optimizer; "
-                    f"prepare the run on the model that the optimizer trains"
+                    f"{self.method}: {path}: weight requires grad but is not in the optimizer; "
+                    f"prepare the run on the model that the optimizer trains, and before the optimizer is made"
                 )
+        self._follow()
         self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._before()),
+            optimizer.register_step_pre_hook(lambda *_: self._before(optimizer)),
             optimizer.register_step_post_hook(lambda *_: self._after()),
         ]
         return self
@@ -83,31 +120,120 @@ class Run(ABC):
         self._handles = []
 
     def loss(self, outputs: Any, inputs: Any) -> Tensor:
-        """What the method adds to the task's loss: a scalar tensor, zero for methods that add nothing."""
-        device = next(self.model.parameters()).device
-        return torch.zeros((), device=device)
+        """What the method adds to the task's loss: a scalar tensor, zero for methods that add nothing.
 
-    def before_step(self) -> None:  # noqa: B027 (a hook that few methods need)
-        """Hook: gradients are accumulated and clipped, weights are old."""
+        ``outputs`` are the model's for ``inputs``, the mapping it was called with. Methods whose ``needs_loss`` is true
+        refuse an optimizer step for which this was not called.
+        """
+        self._loss_added = True
+        return self.added_loss(outputs, inputs)
+
+    def added_loss(self, outputs: Any, inputs: Any) -> Tensor:
+        """``loss`` of a method that adds something."""
+        return torch.zeros((), device=next(self.model.parameters()).device)
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027 (a hook that few methods need)
+        """Hook: gradients are accumulated and clipped, weights are old. Without gradient tracking."""
 
     def after_step(self) -> None:  # noqa: B027 (a hook that few methods need)
-        """Hook: weights are new, gradients still there; ``self.step`` counts this step."""
+        """Hook: weights are new, gradients still there; ``self.step`` counts this step. Without gradient tracking."""
 
-    @abstractmethod
-    def state_dict(self) -> dict[str, Tensor | int]:
-        """All that is needed to resume with identical masks: tensors and ints by name."""
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth showing while it trains: ``sparsity``, the fraction of zeros in the layers' weights as the
+        model computes with them, and what a method adds."""
+        zeros = total = 0
+        with torch.no_grad():
+            for path in self.configs:
+                weight = self.weight(path)
+                zeros += weight.numel() - int(weight.count_nonzero())
+                total += weight.numel()
+        return {"sparsity": zeros / total}
 
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state of a run with the same method and layers; ``ValueError`` where it does not fit."""
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to resume with identical masks: tensors and ints by name. The model's own weights and the
+        optimizer's state are saved by whoever trains."""
+        tensors = {f"{kind}.{path}": t.clone() for kind, held in self.state.items() for path, t in held.items()}
+        return {"method": self.method, "step": self.step, "total_steps": self.total_steps, **tensors}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state of a run with the same method, layers and number of steps; ``ValueError`` where it does not
+        fit, and nothing is changed then. The model must hold the weights of that moment already."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            kind, _, path = name.partition(".")
+            if path:
+                found.setdefault(kind, {})[path] = value
+        for kind in found.keys() | self.state.keys():
+            if stray := sorted(found.get(kind, {}).keys() ^ self.configs.keys()):
+                raise ValueError(f"{self.method}: the state is of other layers than the run, first {stray[0]}")
+        for name, expected in (("method", self.method), ("total_steps", self.total_steps)):
+            if state.get(name) != expected:
+                raise ValueError(f"{self.method}: the state's {name} is {state.get(name)!r}, expected {expected!r}")
+        step = state.get("step")
+        if not isinstance(step, int) or not 0 <= step <= self.total_steps:
+            raise ValueError(f"{self.method}: the state's step is {step!r}, expected 0 to {self.total_steps}")
+        for kind, tensors in found.items():
+            if kind not in self.kinds:
+                raise ValueError(f"{self.method}: the state has {kind}, expected {', '.join(self.kinds) or 'none'}")
+            for path, tensor in tensors.items():
+                self._check(kind, path, tensor)
+        self.step = step
+        self.state = {
+            kind: {path: tensor.to(self.weight(path).device, copy=True) for path, tensor in tensors.items()}
+            for kind, tensors in found.items()
+        }
+        self.resumed()
+
+    def resumed(self) -> None:  # noqa: B027 (a hook that few methods need)
+        """Hook: ``step`` and ``state`` were loaded. Without gradient tracking."""
 
     @abstractmethod
     def finalize(self) -> CompressionPlan:
-        """Makes the zeros exact, removes the hooks, and returns the plan, verified."""
+        """Makes the zeros exact, removes the hooks and all that the run put into the model, and returns the plan,
+        verified."""
+
+    def new_state(self, kind: str) -> dict[str, Tensor]:
+        """Zeros of this kind for every layer, kept as state from now on."""
+        dtype, scalar = self.kinds[kind]
+        self.state[kind] = {
+            path: torch.zeros((() if scalar else w.shape), dtype=dtype or w.dtype, device=w.device)
+            for path, w in ((path, self.weight(path).detach()) for path in self.configs)
+        }
+        return self.state[kind]
+
+    def finite_weight(self, path: str) -> Tensor:
+        """The layer's weight, detached; ``ValueError`` naming the layer where it holds NaN or infinities."""
+        weight = self.weight(path).detach()
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{self.method}: {path}: weight holds NaN or infinities")
+        return weight
+
+    def _follow(self) -> None:
+        """Moves the state to where the weights are: a model may have moved since it was prepared."""
+        for tensors in self.state.values():
+            for path, tensor in tensors.items():
+                tensors[path] = tensor.to(self.weight(path).device)
+
+    def _check(self, kind: str, path: str, tensor: Tensor) -> None:
+        weight = self.weight(path)
+        dtype, scalar = self.kinds[kind]
+        shape = () if scalar else tuple(weight.shape)
+        if tuple(tensor.shape) != shape or tensor.dtype != (dtype or weight.dtype):
+            raise ValueError(
+                f"{self.method}: {path}: {kind} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                f"{dtype or weight.dtype} {shape}"
+            )
 
     @torch.no_grad()
-    def _before(self) -> None:
-        self.before_step()
+    def _before(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.needs_loss and not self._loss_added:
+            raise RuntimeError(
+                f"{self.method}: run.loss(outputs, inputs) was not added to the loss of this step; add it in the loop, "
+                f"or train with sparsebert.hf.CompressionTrainer"
+            )
+        self._loss_added = False
+        self.before_step(optimizer)
 
     @torch.no_grad()
     def _after(self) -> None:

@@ -1,0 +1,74 @@
+"""Losses that make a student imitate a teacher; all are scalars, differentiable in the student alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² KL(softmax(teacher / T) || softmax(student / T)) of logits ``(batch, classes)``, mean over the batch (Hinton,
+    Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015)."""
+    _same_shapes("kl_divergence", student, teacher)
+    s, t = (F.log_softmax(x.float() / temperature, -1) for x in (student, teacher.detach()))
+    return F.kl_div(s, t, reduction="batchmean", log_target=True) * temperature**2
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """mean(-softmax(teacher / T) * log_softmax(student / T)) over batch *and* classes, as TinyBERT's code and
+    SparseBERT's have it: 1 / classes of the usual cross entropy."""
+    _same_shapes("soft_cross_entropy", student, teacher)
+    target = F.softmax(teacher.detach().float() / temperature, -1)
+    return -(target * F.log_softmax(student.float() / temperature, -1)).mean()
+
+
+def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Sum over the states of their mean squared error, MSE(H_l of the student, H_l of the teacher)."""
+    return _sum_of_mse("hidden_state_loss", student, teacher)
+
+
+def attention_score_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """Sum over the layers of MSE between attention scores ``(batch, heads, queries, keys)`` before the softmax.
+
+    ``mask (batch, keys)`` is 0 at padding. Padding, and every score of -100 or less, counts as 0, on each side by
+    itself (TinyBERT's code, and SparseBERT's).
+    """
+    return _sum_of_mse(
+        "attention_score_loss", [_visible(s, mask) for s in student], [_visible(t, mask) for t in teacher]
+    )
+
+
+def attention_scores(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """q kᵀ / sqrt(head size) of the outputs of the query and key layers, ``(batch, tokens, hidden)`` each ->
+    ``(batch, heads, tokens, tokens)``; no mask is added."""
+    size = query.shape[-1] // heads
+    q, k = (x.unflatten(-1, (heads, size)).transpose(-3, -2) for x in (query, key))
+    return q @ k.transpose(-2, -1) / math.sqrt(size)
+
+
+def _visible(scores: Tensor, mask: Tensor | None) -> Tensor:
+    hidden = scores <= -100
+    if mask is not None:
+        hidden = hidden | (mask[:, None, None, :] == 0)
+    return scores.masked_fill(hidden, 0.0)
+
+
+def _sum_of_mse(name: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    if not student or len(student) != len(teacher):
+        raise ValueError(f"{name}: {len(student)} tensors of the student and {len(teacher)} of the teacher")
+    total = torch.zeros((), device=student[0].device)
+    for ours, theirs in zip(student, teacher, strict=True):
+        _same_shapes(name, ours, theirs)
+        total = total + F.mse_loss(ours.float(), theirs.detach().float())
+    return total
+
+
+def _same_shapes(name: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{name}: student gives {tuple(student.shape)}, teacher {tuple(teacher.shape)}, expected the same shape"
+        )

@@ -1,0 +1,46 @@
+"""Low-rank factors of a weight under weights on its rows and columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsebert.formats import low_rank
+
+# Rows and columns with a weight below this part of the largest one count as having it: dividing by less amplifies
+# noise.
+FLOOR = 1e-3
+
+
+def weighted_svd(
+    weight: Tensor, rank: int, *, rows: Tensor | None = None, columns: Tensor | None = None, name: str = "weight"
+) -> tuple[Tensor, Tensor]:
+    """``(u (out, rank), v (rank, in))`` that minimize ``|Dr (W - u v) Dc|`` (Frobenius).
+
+    ``rows (out)`` and ``columns (in)`` are the diagonals of Dr and Dc, at least 0 and not all 0; None is the identity.
+    The minimum is the truncated SVD of Dr W Dc = P S Qᵀ: u = Dr⁻¹ P √S, v = √S Qᵀ Dc⁻¹. Weights are raised to ``FLOOR``
+    of the largest. Without weights this is ``formats.low_rank.factorize``. With row weights alone: FWSVD, Hsu et al.:
+    Language model compression with weighted low-rank factorization (ICLR 2022).
+    """
+    left = _diagonal(rows, weight.shape[0], weight, f"{name}: row weights")
+    right = _diagonal(columns, weight.shape[1], weight, f"{name}: column weights")
+    scaled = weight.detach()
+    if left is not None:
+        scaled = scaled * left.unsqueeze(1)
+    if right is not None:
+        scaled = scaled * right
+    u, v = low_rank.factorize(scaled, rank, name=name)
+    return (
+        u if left is None else u / left.unsqueeze(1),
+        v if right is None else v / right,
+    )
+
+
+def _diagonal(values: Tensor | None, size: int, like: Tensor, label: str) -> Tensor | None:
+    if values is None:
+        return None
+    if tuple(values.shape) != (size,):
+        raise ValueError(f"{label}: shape {tuple(values.shape)}, expected ({size},)")
+    if not torch.isfinite(values).all() or bool((values < 0).any()) or not bool((values > 0).any()):
+        raise ValueError(f"{label}: expected finite numbers, none below 0 and some above")
+    return values.to(like).clamp(min=FLOOR * float(values.max()))

@@ -1,0 +1,124 @@
+"""What is kept at which optimizer step. Steps are counted from 1: ``step`` of them are done, the last one is
+``total_steps``. A schedule that does not fit its training is a ``ValueError`` when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """The fraction of weights that is kept, from 1 down to ``final`` along a cubic curve.
+
+    With t the step, T ``total_steps``, a ``start`` and b ``end`` steps before and after the descent::
+
+        r(t) = 1                                                      t <= a
+        r(t) = final + (1 - final) (1 - (t - a) / (T - a - b))^3      a < t <= T - b
+        r(t) = final                                                  t > T - b
+
+    ``due``: masks are renewed every ``every`` steps of the descent, and at each of the last ``end`` steps. Zhu and
+    Gupta: To prune, or not to prune (2017), as used by movement pruning, PLATON and LoSparse.
+    """
+
+    final: float
+    total_steps: int
+    start: int = 0
+    end: int = 0
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.final <= 1:
+            raise ValueError(f"schedule: final fraction is {self.final}, expected above 0 and at most 1")
+        for name in ("start", "end"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"schedule: {name} is {getattr(self, name)} steps, expected 0 or more")
+        if self.every < 1:
+            raise ValueError(f"schedule: every is {self.every} steps, expected 1 or more")
+        if self.start + self.end >= self.total_steps:
+            raise ValueError(
+                f"schedule: start and end take {self.start} + {self.end} steps, expected fewer than the "
+                f"{self.total_steps} of the training"
+            )
+
+    def remaining(self, step: int) -> float:
+        descent = self.total_steps - self.start - self.end
+        if step <= self.start:
+            return 1.0
+        if step > self.total_steps - self.end:
+            return self.final
+        return self.final + (1 - self.final) * (1 - (step - self.start) / descent) ** 3
+
+    def due(self, step: int) -> bool:
+        """Whether masks are renewed after this step."""
+        if step <= self.start:
+            return False
+        # Without steps at the end the last one has to be there whatever ``every`` is.
+        return step > self.total_steps - self.end or step == self.total_steps or step % self.every == 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """A cubic descent inside the ``length`` steps from ``start`` on, as SEVEN's code counts them.
+
+    After step t, with j = t - 1 - start::
+
+        r = final + (1 - final) (1 - (j + 1) / length)^3              0 <= j <= length - 2
+
+    The last of them leaves a hair more than ``final``, and the code stops there; here the step after it, the last of
+    the window, is at ``final``. ``every``: masks are renewed every so many steps, and at the last.
+    """
+
+    final: float
+    total_steps: int
+    start: int
+    length: int
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.final <= 1:
+            raise ValueError(f"schedule: final fraction is {self.final}, expected above 0 and at most 1")
+        if self.start < 0 or self.length < 1 or self.every < 1:
+            raise ValueError(
+                f"schedule: start is {self.start}, length {self.length}, every {self.every} steps, expected at least "
+                f"0, 1 and 1"
+            )
+        if self.start + self.length > self.total_steps:
+            raise ValueError(
+                f"schedule: the window ends after {self.start} + {self.length} steps, but the training has "
+                f"{self.total_steps}: the target would not be reached"
+            )
+
+    def inside(self, step: int) -> bool:
+        return self.start < step <= self.start + self.length
+
+    def remaining(self, step: int) -> float:
+        done = min(max(step - self.start, 0), self.length)
+        return self.final + (1 - self.final) * (1 - done / self.length) ** 3
+
+    def due(self, step: int) -> bool:
+        """Whether masks are renewed after this step."""
+        return self.inside(step) and ((step - self.start) % self.every == 0 or step == self.start + self.length)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A number that falls from ``first`` to 0 in ``steps`` steps and stays there: p(t) = first max(0, 1 - t / steps)"""
+
+    first: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= 1 or self.steps < 1:
+            raise ValueError(
+                f"schedule: first is {self.first} and steps {self.steps}, expected 0 to 1 and at least 1 step"
+            )
+
+    def at(self, step: int) -> float:
+        return self.first * max(0.0, 1 - step / self.steps)
+
+
+def kept_in_group(remaining: float, n: int, m: int) -> int:
+    """How many of ``m`` are kept on the way to n:m while the schedule keeps ``remaining``: never fewer than ``n``."""
+    # A fraction that comes out a rounding error above a whole number means that number.
+    return min(m, max(n, math.ceil(remaining * m - 1e-9)))
