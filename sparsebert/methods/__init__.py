@@ -2,5 +2,6 @@
 
 from sparsebert.methods.base import Method, Run
 from sparsebert.methods.magnitude import Magnitude
+from sparsebert.methods.permutation import permute_channels_
 
-__all__ = ["Magnitude", "Method", "Run"]
+__all__ = ["Magnitude", "Method", "Run", "permute_channels_"]
