@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparsebert import nn as nn
     from sparsebert.calibration import calibrate as calibrate
     from sparsebert.configs import BitmapConfig as BitmapConfig
+    from sparsebert.configs import DenseConfig as DenseConfig
     from sparsebert.configs import Int8Config as Int8Config
     from sparsebert.configs import LowRankConfig as LowRankConfig
     from sparsebert.configs import LowRankSparseConfig as LowRankSparseConfig
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _NAMES = {
     "BitmapConfig": "sparsebert.configs",
+    "DenseConfig": "sparsebert.configs",
     "Int8Config": "sparsebert.configs",
     "LowRankConfig": "sparsebert.configs",
     "LowRankSparseConfig": "sparsebert.configs",

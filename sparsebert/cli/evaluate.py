@@ -312,11 +312,11 @@ def _formats(network: Any) -> dict[str, int]:
 
 
 def _unpacked(network: Any) -> int:
-    """How many packed layers are held as the unpacked weight."""
+    """How many packed layers are held as the unpacked weight, which takes other memory than what is stored."""
     import sparsebert
 
     layers = sparsebert.size_report(network).layers
-    return sum(layer.layout == "dense" and layer.format != "dense" for layer in layers)
+    return sum(layer.layout == "dense" and layer.bytes.memory != layer.bytes.disk for layer in layers)
 
 
 def _what(entry: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sparsebert.nn.bitmap_linear import BitmapLinear
+from sparsebert.nn.dense_linear import DenseLinear
 from sparsebert.nn.int8_linear import Int8Linear
 from sparsebert.nn.low_rank_linear import LowRankLinear
 from sparsebert.nn.low_rank_sparse_linear import LowRankSparseLinear
@@ -16,6 +17,7 @@ from sparsebert.nn.packed_linear import PackedLinear
 __all__ = [
     "MODULES",
     "BitmapLinear",
+    "DenseLinear",
     "Int8Linear",
     "LowRankLinear",
     "LowRankSparseLinear",
@@ -26,7 +28,8 @@ __all__ = [
 
 # format name in a plan or a layer map -> the module that holds it
 MODULES: dict[str, type[PackedLinear]] = {
-    module.format: module for module in (NMLinear, BitmapLinear, LowRankLinear, LowRankSparseLinear, Int8Linear)
+    module.format: module
+    for module in (NMLinear, BitmapLinear, LowRankLinear, LowRankSparseLinear, Int8Linear, DenseLinear)
 }
 
 
