@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sparsebert.configs import RowsConfig as RowsConfig
     from sparsebert.hf.checkpoint import load_pretrained as load_pretrained
     from sparsebert.hf.checkpoint import save_pretrained as save_pretrained
+    from sparsebert.nn.int8_linear import quantizing as quantizing
     from sparsebert.ops.select import backend as backend
     from sparsebert.plan import CompressionPlan as CompressionPlan
     from sparsebert.report import explain as explain
@@ -52,6 +53,7 @@ _NAMES = {
     "compress_": "sparsebert.swap",
     "decompress_": "sparsebert.swap",
     "prepare_": "sparsebert.swap",
+    "quantizing": "sparsebert.nn.int8_linear",
     "size_report": "sparsebert.report",
     "explain": "sparsebert.report",
     "tune": "sparsebert.tuning",

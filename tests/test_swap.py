@@ -19,6 +19,7 @@ from sparsebert.nn import (
     NMLinear,
     PackedLinear,
 )
+from sparsebert.ops import int8
 from sparsebert.report import Bytes
 from sparsebert.roles import feed_forward_pairs, find_layers
 from sparsebert.swap import quantization_config
@@ -229,6 +230,56 @@ def test_explain_names_layout_kernel_refusals_and_basis():
     assert sb.explain(model).layers[0].basis == "layout asked for: neutral"
 
 
+INT8_BY_ROLE = {"query": sb.Int8Config(), "key": sb.Int8Config(weights=sb.NMConfig(2, 4)), "value": CONFIG}
+
+
+@pytest.mark.parametrize("capable", [False, True])
+def test_int8_is_held_dense_on_a_cpu_without_int8_instructions(capable, monkeypatch):
+    monkeypatch.setattr(int8, "cpu_has_int8", lambda: capable)
+    model = tiny_model()
+    layers = {layer.role: layer for layer in sb.compress_(model, INT8_BY_ROLE).layers}
+    found = {layer.role: layer for layer in sb.explain(model).layers}
+    reason = "not measured here"
+    if not capable:
+        reason += (
+            "; this CPU has no int8 instructions, and exact int8 sums take longer there than a dense matmul; "
+            "x is then not quantized"
+        )
+    assert layers["query"].layout == found["query"].layout == ("neutral" if capable else "dense")
+    assert layers["key"].layout == found["key"].layout == ("unpacked" if capable else "dense")
+    assert found["query"].basis == found["key"].basis == reason
+    assert (layers["value"].layout, found["value"].basis) == ("dense", "not measured here")
+    with sb.quantizing(model) as paths:
+        held = {layer.path: layer.layout for layer in sb.explain(model).layers}
+        assert set(paths) == {path for path in held if path.endswith((".query", ".key")) and not capable}
+        assert {held[path] for path in paths} == (set() if capable else {"float"})
+
+
+def test_quantizing_computes_as_int8_devices_do_and_holds_as_before_again():
+    model = tiny_model()
+    sb.compress_(model, INT8_BY_ROLE, layout="neutral")
+    expected = outputs(model)
+    first, second = (layer.attention.self for layer in model.bert.encoder.layer)
+    for layer in (first.query, first.key, second.key):
+        layer.prepare_("dense")
+    dense = outputs(model)
+    assert not torch.equal(dense, expected)
+    with sb.quantizing(model) as paths:
+        assert paths == [
+            f"bert.encoder.layer.{path}" for path in ("0.attention.self.query", "0.attention.self.key")
+        ] + ["bert.encoder.layer.1.attention.self.key"]
+        assert torch.equal(outputs(model), expected)
+        assert second.query.layout == first.value.layout == "neutral"
+    assert [layer.layout for layer in (first.query, first.key, second.key, second.query)] == ["dense"] * 3 + ["neutral"]
+    assert [layer.requested_layout for layer in (first.query, second.query)] == ["dense", "neutral"]
+    assert torch.equal(outputs(model), dense)
+    with pytest.raises(KeyError), sb.quantizing(model):
+        raise KeyError
+    assert torch.equal(outputs(model), dense)
+    with sb.quantizing(nn.Linear(4, 4)) as paths:
+        assert paths == []
+
+
 def test_tune_measures_records_and_decides(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path))
     model = tiny_model()
@@ -344,8 +395,9 @@ def test_one_shot_with_every_format(name):
     layers = [model.get_submodule(x.path) for x in report.layers]
     for layout in ("auto", "neutral", "dense"):
         sb.prepare_(model, layout)
-        assert all(layer.layout == layout for layer in layers) or layout == "auto"
-        if layout == "dense" or name in FLOAT_CONFIGS:
+        held = {layer.layout for layer in layers}
+        assert held == {layout} or layout == "auto"
+        if held == {"dense"} or name in FLOAT_CONFIGS:
             close(outputs(model), outputs(dense))
         else:
             # Rounding x is no rounding of floats; but all layouts round alike.

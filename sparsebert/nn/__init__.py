@@ -8,7 +8,7 @@ import torch
 
 from sparsebert.nn.bitmap_linear import BitmapLinear
 from sparsebert.nn.dense_linear import DenseLinear
-from sparsebert.nn.int8_linear import Int8Linear
+from sparsebert.nn.int8_linear import Int8Linear, quantizing
 from sparsebert.nn.low_rank_linear import LowRankLinear
 from sparsebert.nn.low_rank_sparse_linear import LowRankSparseLinear
 from sparsebert.nn.nm_linear import NMLinear
@@ -24,6 +24,7 @@ __all__ = [
     "NMLinear",
     "PackedLinear",
     "module_from_entry",
+    "quantizing",
 ]
 
 # format name in a plan or a layer map -> the module that holds it
