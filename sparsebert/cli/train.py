@@ -445,7 +445,7 @@ class _Work:
     def load_start(self) -> CompressionPlan:
         folder = self.shelf.folder / START
         file = folder / "model.safetensors"
-        storage.check_file(file)
+        storage.read_headers([file])
         try:
             self.model.load_state_dict(load_file(file))
         except RuntimeError as error:

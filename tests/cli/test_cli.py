@@ -155,7 +155,7 @@ def test_the_version_is_the_package_s():
     assert text("--version") == f"sparsebert {sb.__version__}"
 
 
-@pytest.mark.parametrize("command", ["compress", "eval", "info", "tune", "demo"])
+@pytest.mark.parametrize("command", ["compress", "train", "eval", "info", "tune", "demo"])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_every_command_has_help_and_json(command, flag):
     assert "--json" in text(command, flag)
