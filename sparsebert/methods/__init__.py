@@ -1,6 +1,7 @@
 """Training and one-shot methods. Each ends in a plain dense model with exact zeros and a ``CompressionPlan``."""
 
 from sparsebert.methods.base import Method, Run
+from sparsebert.methods.knowledge import KnowledgePruning
 from sparsebert.methods.magnitude import Magnitude
 
-__all__ = ["Magnitude", "Method", "Run"]
+__all__ = ["KnowledgePruning", "Magnitude", "Method", "Run"]
