@@ -2,6 +2,7 @@
 
 from sparsebert.methods.base import Method, Run
 from sparsebert.methods.magnitude import Magnitude
+from sparsebert.methods.movement import Movement
 from sparsebert.methods.permutation import permute_channels_
 
-__all__ = ["Magnitude", "Method", "Run", "permute_channels_"]
+__all__ = ["Magnitude", "Method", "Movement", "Run", "permute_channels_"]
