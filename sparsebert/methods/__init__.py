@@ -1,8 +1,9 @@
 """Training and one-shot methods. Each ends in a plain dense model with exact zeros and a ``CompressionPlan``."""
 
 from sparsebert.methods.base import Method, Run
+from sparsebert.methods.lpaf import LPAF, fisher_rows
 from sparsebert.methods.magnitude import Magnitude
 from sparsebert.methods.movement import Movement
 from sparsebert.methods.permutation import permute_channels_
 
-__all__ = ["Magnitude", "Method", "Movement", "Run", "permute_channels_"]
+__all__ = ["LPAF", "Magnitude", "Method", "Movement", "Run", "fisher_rows", "permute_channels_"]

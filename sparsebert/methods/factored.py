@@ -54,6 +54,12 @@ def parameters_of(linear: nn.Module) -> dict[str, nn.Parameter]:
 
 def unfactor_(linear: nn.Module) -> dict[str, Tensor]:
     """Makes the layer an ``nn.Linear`` with the product as its weight again, in place; returns the factors."""
-    factors = {name: parameter.detach().clone() for name, parameter in parameters_of(linear).items()}
+    held = parameters_of(linear)
+    factors = {name: parameter.detach().clone() for name, parameter in held.items()}
+    trains = held["u"].requires_grad
     parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+    # Of factors that do not train, or without gradient tracking, parametrize leaves a buffer.
+    weight = linear.weight.detach()  # type: ignore[union-attr, operator]
+    del linear.weight
+    linear.weight = nn.Parameter(weight, requires_grad=trains)
     return factors

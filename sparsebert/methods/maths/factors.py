@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsebert.formats import low_rank
+from sparsebert.formats.common import wide
 
 # Rows and columns with a weight below this part of the largest one count as having it: dividing by less amplifies
 # noise.
@@ -34,6 +35,28 @@ def weighted_svd(
         u if left is None else u / left.unsqueeze(1),
         v if right is None else v / right,
     )
+
+
+def importance_of_kept(sparse: Tensor, weighting: str) -> tuple[Tensor | None, Tensor | None]:
+    """Row weights ``(out)`` and column weights ``(in)`` for ``weighted_svd`` from what pruning left of ``sparse (out,
+    in)``, with k the number of non-zeros of a row or column:
+
+    - ``none``: no weights, the plain SVD;
+    - ``row-share``: rows k / sum k;
+    - ``rows``: rows sqrt k, so that a row's squared error counts once for each weight that it kept;
+    - ``rows-columns``: sqrt k of rows and of columns.
+    """
+    kept = sparse != 0
+    rows = kept.sum(1).to(wide(sparse.dtype))
+    if weighting == "none":
+        return None, None
+    if weighting == "row-share":
+        return rows / rows.sum(), None
+    if weighting == "rows":
+        return rows.sqrt(), None
+    if weighting == "rows-columns":
+        return rows.sqrt(), kept.sum(0).to(rows.dtype).sqrt()
+    raise ValueError(f"importance_of_kept: weighting is {weighting!r}, expected none, row-share, rows or rows-columns")
 
 
 def _diagonal(values: Tensor | None, size: int, like: Tensor, label: str) -> Tensor | None:
