@@ -195,12 +195,18 @@ class Run(ABC):
 
     def new_state(self, kind: str) -> dict[str, Tensor]:
         """Zeros of this kind for every layer, kept as state from now on."""
-        dtype, scalar = self.kinds[kind]
-        self.state[kind] = {
-            path: torch.zeros((() if scalar else w.shape), dtype=dtype or w.dtype, device=w.device)
-            for path, w in ((path, self.weight(path).detach()) for path in self.configs)
-        }
+        self.state[kind] = {}
+        for path in self.configs:
+            shape, dtype = self.form(kind, path)
+            self.state[kind][path] = torch.zeros(shape, dtype=dtype, device=self.weight(path).device)
         return self.state[kind]
+
+    def form(self, kind: str, path: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the tensor of this kind for the layer at ``path``: what ``kinds`` says, unless a method's
+        tensors differ from layer to layer."""
+        dtype, scalar = self.kinds[kind]
+        weight = self.weight(path)
+        return () if scalar else tuple(weight.shape), dtype or weight.dtype
 
     def finite_weight(self, path: str) -> Tensor:
         """The layer's weight, detached; ``ValueError`` naming the layer where it holds NaN or infinities."""
@@ -216,13 +222,10 @@ class Run(ABC):
                 tensors[path] = tensor.to(self.weight(path).device)
 
     def _check(self, kind: str, path: str, tensor: Tensor) -> None:
-        weight = self.weight(path)
-        dtype, scalar = self.kinds[kind]
-        shape = () if scalar else tuple(weight.shape)
-        if tuple(tensor.shape) != shape or tensor.dtype != (dtype or weight.dtype):
+        shape, dtype = self.form(kind, path)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(
-                f"{self.method}: {path}: {kind} is {tensor.dtype} {tuple(tensor.shape)}, expected "
-                f"{dtype or weight.dtype} {shape}"
+                f"{self.method}: {path}: {kind} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}"
             )
 
     @torch.no_grad()
