@@ -1,6 +1,11 @@
 """Training and one-shot methods. Each ends in a plain dense model with exact zeros and a ``CompressionPlan``."""
 
+from sparsebert.methods import allocation
 from sparsebert.methods.base import Method, Run
+from sparsebert.methods.gradual import GradualMagnitude
 from sparsebert.methods.magnitude import Magnitude
+from sparsebert.methods.platon import Platon
+from sparsebert.methods.seven import SEVEN
+from sparsebert.methods.snip import Snip
 
-__all__ = ["Magnitude", "Method", "Run"]
+__all__ = ["SEVEN", "GradualMagnitude", "Magnitude", "Method", "Platon", "Run", "Snip", "allocation"]
