@@ -1,7 +1,8 @@
 """Training and one-shot methods. Each ends in a plain dense model with exact zeros and a ``CompressionPlan``."""
 
 from sparsebert.methods.base import Method, Run
+from sparsebert.methods.knowledge import KnowledgePruning
 from sparsebert.methods.magnitude import Magnitude
 from sparsebert.methods.permutation import permute_channels_
 
-__all__ = ["Magnitude", "Method", "Run", "permute_channels_"]
+__all__ = ["KnowledgePruning", "Magnitude", "Method", "Run", "permute_channels_"]
