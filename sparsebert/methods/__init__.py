@@ -3,6 +3,7 @@
 from sparsebert.methods.base import Method, Run
 from sparsebert.methods.knowledge import KnowledgePruning
 from sparsebert.methods.magnitude import Magnitude
+from sparsebert.methods.movement import Movement
 from sparsebert.methods.permutation import permute_channels_
 
-__all__ = ["KnowledgePruning", "Magnitude", "Method", "Run", "permute_channels_"]
+__all__ = ["KnowledgePruning", "Magnitude", "Method", "Movement", "Run", "permute_channels_"]

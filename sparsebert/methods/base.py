@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsebert.configs import Config
+from sparsebert.formats.common import wide
 from sparsebert.plan import CompressionPlan, Selection, select
 
 
@@ -48,10 +49,14 @@ class Method(ABC):
 
 class Kind(NamedTuple):
     """One kind of tensor that a run keeps for each layer: its dtype (None: that of the weight) and whether it is a
-    single number, or of the weight's shape."""
+    single number, or of the weight's shape. ``wide``: the weight's dtype, but 32 bits where that has 16."""
 
     dtype: torch.dtype | None = None
     scalar: bool = False
+    wide: bool = False
+
+    def dtype_for(self, weight: Tensor) -> torch.dtype:
+        return wide(weight.dtype) if self.wide else self.dtype or weight.dtype
 
 
 class Run(ABC):
@@ -220,9 +225,9 @@ class Run(ABC):
 
     def new_state(self, kind: str) -> dict[str, Tensor]:
         """Zeros of this kind for every layer, kept as state from now on."""
-        dtype, scalar = self.kinds[kind]
+        wanted = self.kinds[kind]
         self.state[kind] = {
-            path: torch.zeros((() if scalar else w.shape), dtype=dtype or w.dtype, device=w.device)
+            path: torch.zeros((() if wanted.scalar else w.shape), dtype=wanted.dtype_for(w), device=w.device)
             for path, w in ((path, self.weight(path).detach()) for path in self.configs)
         }
         return self.state[kind]
@@ -242,12 +247,11 @@ class Run(ABC):
 
     def _check(self, kind: str, path: str, tensor: Tensor) -> None:
         weight = self.weight(path)
-        dtype, scalar = self.kinds[kind]
-        shape = () if scalar else tuple(weight.shape)
-        if tuple(tensor.shape) != shape or tensor.dtype != (dtype or weight.dtype):
+        wanted = self.kinds[kind]
+        dtype, shape = wanted.dtype_for(weight), () if wanted.scalar else tuple(weight.shape)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(
-                f"{self.method}: {path}: {kind} is {tensor.dtype} {tuple(tensor.shape)}, expected "
-                f"{dtype or weight.dtype} {shape}"
+                f"{self.method}: {path}: {kind} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}"
             )
 
     def _refuse_task_loss(self, gradient: Tensor) -> None:
