@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsebert.formats import low_rank
 from sparsebert.methods.factored import Factors, factor_, parameters_of, unfactor_
-from sparsebert.methods.maths import factors, platon, thresholds
+from sparsebert.methods.maths import factors, thresholds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -255,37 +255,6 @@ def test_under_autocast_the_weight_is_made_in_full_precision():
     torch.testing.assert_close(y, dense, rtol=2**-7, atol=2**-7)
     y.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in parameters_of(linear).values())
-
-
-def test_golden_platon():
-    """Window 2, beta1 0.5, beta2 0.75; sensitivities 4, 8, 2, 6, 1.
-
-    step 1: I = 4                             Ī = 0                          U = 0
-    step 2: I = (4 + 8) / 2 = 6
-    step 3: Ī = 0.5 * 0 + 0.5 * 6 = 3         U = 0.25 |6 - 3| = 0.75        I = 2
-    step 4: I = (2 + 6) / 2 = 4
-    step 5: Ī = 0.5 * 3 + 0.5 * 4 = 3.5       U = 0.75 * 0.75 + 0.25 * 0.5 = 0.6875
-    """
-    mean, smoothed, uncertainty = torch.zeros(3, 1).unbind()
-    found = []
-    for step, value in enumerate([4.0, 8.0, 2.0, 6.0, 1.0], 1):
-        platon.update_(mean, smoothed, uncertainty, torch.tensor([value]), step=step, window=2, beta1=0.5, beta2=0.75)
-        found.append((mean.item(), smoothed.item(), uncertainty.item()))
-    assert found == [(4, 0, 0), (6, 0, 0), (2, 3, 0.75), (4, 3, 0.75), (1, 3.5, 0.6875)]
-    assert platon.score(smoothed, uncertainty).item() == 3.5 * 0.6875
-    assert platon.score(smoothed, None) is smoothed
-    assert [platon.begins_window(step, 2) for step in range(1, 6)] == [True, False, True, False, True]
-
-
-def test_without_uncertainty_the_mean_of_a_row_may_be_taken_first():
-    generator = torch.Generator().manual_seed(0)
-    full, rows = torch.zeros(2, 5, 7, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64)
-    for step in range(1, 14):
-        value = torch.rand(5, 7, generator=generator, dtype=torch.float64)
-        platon.update_(full[0], full[1], None, value, step=step, window=4, beta1=0.85)
-        platon.update_(rows[0], rows[1], None, value.mean(1), step=step, window=4, beta1=0.85)
-    assert rows[1].any()
-    torch.testing.assert_close(full.mean(2), rows)
 
 
 def test_rows_under_one_threshold():

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from sparsebert.configs import LowRankConfig, LowRankSparseConfig, RowsConfig
 from sparsebert.methods.base import Kind, Method, Run
+from sparsebert.methods.capture import Capture
 from sparsebert.methods.factored import FactoredRun
 from sparsebert.methods.masked import drop_
 from sparsebert.methods.maths import distillation
+from sparsebert.methods.teacher import Teacher, check_teacher
 from sparsebert.plan import CompressionPlan, Selection
 
 
@@ -86,10 +88,9 @@ class FactorTuning(Method):
     embeddings and of every layer. ``alpha_output`` 0 and ``alpha_hidden`` 15 are those of the published MNLI script, T
     2 that of its code. Without a teacher this is plain fine-tuning, and ``run.loss`` is zero.
 
-    The student's mode is the training loop's, which must call ``model.train()`` after an evaluation: hidden states are
-    asked for in training mode alone, and a loss with gradients in eval mode is a ``RuntimeError`` (in the published
-    script the student is in eval mode most of the time). The teacher is put into eval mode and on the student's
-    device, and kept there. It is called with the student's inputs, without labels.
+    The student's mode is the training loop's, which must call ``model.train()`` after an evaluation: a loss of a
+    forward in evaluation mode is a ``RuntimeError`` (in the published script the student is in that mode most of the
+    time). The teacher is asked in evaluation mode, and is moved to the student's device when the run is attached.
 
     ``ValueError`` in ``prepare``: a plan that does not hold for the model, or a teacher whose layers do not match.
     """
@@ -115,12 +116,11 @@ class FactorTuning(Method):
 
     def prepare(self, model: nn.Module, *, total_steps: int, teacher: nn.Module | None = None) -> Run:
         if teacher is not None:
-            if teacher is model:
-                raise ValueError("FactorTuning: the teacher is the model itself")
             if not self.alpha_output and not self.alpha_hidden:
                 raise ValueError("FactorTuning: alpha_output and alpha_hidden are 0, expected no teacher then")
-            if self.alpha_hidden:
-                _check_same_layers(model, teacher)
+            # Hidden states are compared layer by layer.
+            names = ("hidden_size", "num_hidden_layers") if self.alpha_hidden else ()
+            check_teacher("FactorTuning", model, teacher, names)
         self.plan.verify(model)
         return FactorTuningRun(model, self, total_steps, teacher)
 
@@ -133,7 +133,7 @@ class FactorTuningRun(FixedFactorsRun):
             if path not in self.configs:
                 raise ValueError(f"FactorTuning: {path}: {self.skipped[path]}")
         self.options = options
-        self.teacher = teacher
+        self.teacher: Teacher | None = None
         self.needs_loss = teacher is not None
         self.factor_all(
             {
@@ -141,63 +141,46 @@ class FactorTuningRun(FixedFactorsRun):
                 for path, parts in options.plan.factors.items()
             }
         )
-        self._capture: Any = None
         if teacher is not None:
-            teacher.eval()
-            if options.alpha_hidden:
-                self._capture = model.register_forward_pre_hook(_ask_for_hidden_states, with_kwargs=True)
+            hidden = options.alpha_hidden > 0
+            self.teacher = Teacher(teacher, hidden=hidden)
+            self._student = Capture(model, hidden=hidden, attention=False)
 
-    def loss(self, outputs: Any, inputs: Any) -> Tensor:
-        if self.teacher is not None and not self.model.training:
-            if torch.is_grad_enabled():
-                raise RuntimeError("FactorTuning: the model is in eval mode in a training step; call model.train()")
-            # An evaluation: no term, and none that would stand for the next step's.
-            return torch.zeros((), device=next(self.model.parameters()).device)
-        return super().loss(outputs, inputs)
+    def attach(self, optimizer: torch.optim.Optimizer) -> Run:
+        super().attach(optimizer)
+        if self.teacher is not None:
+            self._student.attach()
+        return self
+
+    def detach(self) -> None:
+        super().detach()
+        if self.teacher is not None:
+            self._student.detach()
 
     def added_loss(self, outputs: Any, inputs: Any) -> Tensor:
         total = super().added_loss(outputs, inputs)
         if self.teacher is None:
             return total
-        # Whatever the loop did to it since.
-        self.teacher.eval().to(total.device)
         options = self.options
-        with torch.no_grad():
-            given = {name: value for name, value in inputs.items() if name != "labels"}
-            theirs = self.teacher(**given, **({"output_hidden_states": True} if options.alpha_hidden else {}))
+        ours = self._student.take(outputs)
+        theirs, answer = self.teacher.ask(inputs)
         if options.alpha_output:
             total = total + options.alpha_output * distillation.kl_divergence(
-                _part(outputs, "logits", "student"), _part(theirs, "logits", "teacher"), options.temperature
+                _logits(outputs, "student"), _logits(answer, "teacher"), options.temperature
             )
         if options.alpha_hidden:
             total = total + options.alpha_hidden * distillation.hidden_state_loss(
-                _part(outputs, "hidden_states", "student"), _part(theirs, "hidden_states", "teacher")
+                ours.hidden_states, theirs.hidden_states
             )
         return total
 
-    @torch.no_grad()
-    def finalize(self) -> CompressionPlan:
-        if self._capture is not None:
-            self._capture.remove()
-        return super().finalize()
+    def _follow(self) -> None:
+        super()._follow()
+        if self.teacher is not None:
+            self.teacher.to(next(self.model.parameters()).device)
 
 
-def _ask_for_hidden_states(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    return (args, {**kwargs, "output_hidden_states": True}) if model.training else None
-
-
-def _part(outputs: Any, name: str, whose: str) -> Any:
-    if (found := getattr(outputs, name, None)) is None:
-        raise RuntimeError(f"FactorTuning: the {whose}'s outputs have no {name}, which the loss needs")
+def _logits(outputs: Any, whose: str) -> Tensor:
+    if (found := getattr(outputs, "logits", None)) is None:
+        raise RuntimeError(f"FactorTuning: the {whose}'s outputs have no logits, which the loss needs")
     return found
-
-
-def _check_same_layers(model: nn.Module, teacher: nn.Module) -> None:
-    ours, theirs = getattr(model, "config", None), getattr(teacher, "config", None)
-    for name in ("hidden_size", "num_hidden_layers"):
-        first, second = getattr(ours, name, None), getattr(theirs, name, None)
-        if first != second:
-            raise ValueError(
-                f"FactorTuning: {name} is {first} of the model and {second} of the teacher, expected the same: their "
-                f"hidden states are compared layer by layer; alpha_hidden=0 compares none"
-            )

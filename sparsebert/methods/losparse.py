@@ -17,10 +17,9 @@ from sparsebert.formats import bitmap, low_rank, one_shot, rows
 from sparsebert.formats.common import wide
 from sparsebert.methods.base import Kind, Method, Run
 from sparsebert.methods.factored import FactoredRun
-from sparsebert.methods.maths import platon, schedules, scores, thresholds
+from sparsebert.methods.maths import schedules, scores, thresholds
+from sparsebert.methods.scored import check_count, check_decay, check_granularity
 from sparsebert.plan import CompressionPlan, Selection
-
-GRANULARITIES = ("global", "matrix")
 
 
 class LoSparse(Method):
@@ -71,14 +70,10 @@ class LoSparse(Method):
         granularity: str = "global",
     ) -> None:
         super().__init__(config)
-        if not 0 <= beta1 < 1:
-            raise ValueError(f"LoSparse: beta1 is {beta1}, expected 0 or more and below 1")
-        if not 0 < beta2 <= 1:
-            raise ValueError(f"LoSparse: beta2 is {beta2}, expected above 0 and at most 1")
-        if window is not None and window < 1:
-            raise ValueError(f"LoSparse: window is {window} steps, expected 1 or more")
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"LoSparse: granularity is {granularity!r}, expected one of {', '.join(GRANULARITIES)}")
+        check_decay("LoSparse", "beta1", beta1)
+        check_decay("LoSparse", "beta2", beta2, one=True)
+        check_count("LoSparse", "window", window)
+        check_granularity("LoSparse", granularity)
         self.beta1, self.beta2 = beta1, beta2
         self.window, self.start, self.end = window, start, end
         self.granularity = granularity
@@ -140,17 +135,18 @@ class LoSparseRun(FactoredRun):
             sparse = self.factors(path)["sparse"]
             # A layer that took no part in this step has no gradient: it did not matter.
             gradient = torch.zeros_like(sparse) if sparse.grad is None else sparse.grad
-            platon.update_(
-                self.state["mean"][path],
-                self.state["smoothed"][path],
-                self.state["uncertainty"][path] if options.beta2 < 1 else None,
-                self._sensitivity(path, sparse.detach(), gradient),
-                step=self.step,
-                window=self.window,
-                beta1=options.beta1,
-                beta2=options.beta2,
-            )
-        if platon.begins_window(self.step, self.window) or self.step == self._last + 1:
+            mean = self.state["mean"][path]
+            if self._begins_window(self.step):
+                scores.update_platon_(
+                    self.state["smoothed"][path],
+                    self._uncertainty(path),
+                    mean,
+                    beta1=options.beta1,
+                    beta2=options.beta2,
+                )
+            sensitivity = self._sensitivity(path, sparse.detach(), gradient).to(mean.dtype)
+            scores.update_mean_(mean, sensitivity, (self.step - 1) % self.window + 1)
+        if self._begins_window(self.step) or self.step == self._last + 1:
             # What is due follows from scores that change once a window, and from the schedule.
             self._masks = None
         if self._due(self.step):
@@ -216,6 +212,13 @@ class LoSparseRun(FactoredRun):
         u, v = low_rank.factorize(weight, one_shot.rank_of(self._config(path), *weight.shape), name=path)
         return {"u": u, "v": v, "sparse": weight - low_rank.unpack(u, v)}
 
+    def _begins_window(self, step: int) -> bool:
+        """Whether optimizer step ``step``, from 1, is the first of a window: scores change only there."""
+        return (step - 1) % self.window == 0
+
+    def _uncertainty(self, path: str) -> Tensor | None:
+        return self.state["uncertainty"][path] if self.options.beta2 < 1 else None
+
     def _sensitivity(self, path: str, sparse: Tensor, gradient: Tensor) -> Tensor:
         if not self._by_rows(path):
             return scores.sensitivity(sparse, gradient)
@@ -225,14 +228,15 @@ class LoSparseRun(FactoredRun):
 
     def _score(self, path: str) -> Tensor:
         """One number a row of S, or one an entry."""
-        uncertainty = self.state["uncertainty"][path] if self.options.beta2 < 1 else None
-        score = platon.score(self.state["smoothed"][path], uncertainty)
+        uncertainty, score = self._uncertainty(path), self.state["smoothed"][path]
+        if uncertainty is not None:
+            score = score * uncertainty
         return score.mean(1) if isinstance(self._sparse(path), RowsConfig) and score.dim() == 2 else score
 
     def _due(self, step: int) -> bool:
         if step > self._last:
             return True
-        return step > max(self._start, self.window) and platon.begins_window(step, self.window)
+        return step > max(self._start, self.window) and self._begins_window(step)
 
     def _prune(self, step: int | None = None) -> None:
         """Zeros in S where this step's masks, or those of ``step``, say so."""
