@@ -363,6 +363,19 @@ def test_platon_golden():
     assert smoothed.tolist() == [[1.25, 0.5]]
 
 
+def test_without_uncertainty_the_mean_of_a_row_may_be_taken_first():
+    """LoSparse keeps one number a row: both rules are linear in the sensitivity."""
+    full, rows = torch.zeros(2, 5, 7, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64)
+    for step in range(13):
+        value = torch.rand(5, 7, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        for (mean, smoothed), sample in ((full, value), (rows, value.mean(1))):
+            if step % 4 == 0:
+                scores.update_platon_(smoothed, None, mean, beta1=0.85)
+            scores.update_mean_(mean, sample, step % 4 + 1)
+    assert rows[1].any()
+    torch.testing.assert_close(full.mean(2), rows)
+
+
 def test_running_mean():
     mean = torch.tensor([9.0])
     for count, value in enumerate([3.0, 6.0, 0.0], 1):

@@ -2,19 +2,25 @@
 
 from sparsebert.methods import allocation
 from sparsebert.methods.base import Method, Run
+from sparsebert.methods.fixed_factors import FactorTuning
 from sparsebert.methods.gradual import GradualMagnitude
 from sparsebert.methods.knowledge import KnowledgePruning
+from sparsebert.methods.losparse import LoSparse
 from sparsebert.methods.magnitude import Magnitude
 from sparsebert.methods.movement import Movement
 from sparsebert.methods.permutation import permute_channels_
 from sparsebert.methods.platon import Platon
 from sparsebert.methods.seven import SEVEN
 from sparsebert.methods.snip import Snip
+from sparsebert.methods.svd import SVD, fisher_row_weights
 
 __all__ = [
     "SEVEN",
+    "SVD",
+    "FactorTuning",
     "GradualMagnitude",
     "KnowledgePruning",
+    "LoSparse",
     "Magnitude",
     "Method",
     "Movement",
@@ -22,5 +28,6 @@ __all__ = [
     "Run",
     "Snip",
     "allocation",
+    "fisher_row_weights",
     "permute_channels_",
 ]

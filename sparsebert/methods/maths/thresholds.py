@@ -40,6 +40,23 @@ def largest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
     return mask.scatter_(-1, order, True).view(scores.shape)
 
 
+def largest_rows_overall(scores: Mapping[str, Tensor], lengths: Mapping[str, int], count: int) -> dict[str, Tensor]:
+    """``True`` at the largest rows of all tensors together that hold ``count`` entries: as few rows as do, so less than
+    one row more. ``scores``: one number a row, ``(rows)``; ``lengths``: the entries of each row of a tensor. Ties go
+    to the earlier tensor."""
+    rows = {name: len(part) for name, part in scores.items()}
+    total = sum(rows[name] * lengths[name] for name in rows)
+    if not 0 <= count <= total:
+        raise ValueError(f"largest_rows_overall: count is {count}, expected 0 to {total}")
+    # NaN sorts as the largest.
+    order = torch.sort(torch.cat(list(scores.values())), descending=True, stable=True).indices
+    entries = torch.cat([torch.full((rows[name],), lengths[name], device=order.device) for name in rows])[order]
+    # A row is taken while those before it hold too few.
+    taken = entries.cumsum(0) - entries < count
+    mask = torch.zeros(len(order), dtype=torch.bool, device=order.device).scatter_(0, order, taken)
+    return dict(zip(rows, mask.split(list(rows.values())), strict=True))
+
+
 def kth_largest(scores: Tensor | Sequence[Tensor], k: int) -> Tensor:
     """The ``k``-th largest entry of a tensor, or of several together, k from 1, as a tensor without dimensions.
 
