@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsebert.configs import LowRankConfig
-from sparsebert.formats import one_shot
+from sparsebert.formats import low_rank, one_shot
 from sparsebert.methods.base import Kind, Method, Run
-from sparsebert.methods.factored import Factors, factor_, parameters_of, unfactor_
+from sparsebert.methods.factored import FactoredRun, Factors, factor_, parameters_of
 from sparsebert.methods.maths.distillation import kl_divergence, symmetric_kl
 from sparsebert.methods.maths.factors import importance_of_kept, weighted_svd
 from sparsebert.methods.maths.schedules import Linear
-from sparsebert.plan import CompressionPlan, Selection, select
+from sparsebert.methods.teacher import Teacher, check_teacher
+from sparsebert.plan import CompressionPlan, Selection
 from sparsebert.roles import find_layers
 
 WEIGHTINGS = ("none", "row-share", "rows", "rows-columns", "fisher")
@@ -48,7 +49,7 @@ class LPAF(Method):
     - ``row-share``: Dr = k / sum k;
     - ``rows`` (the default, since it is what FWSVD does with k in place of the Fisher information): Dr = sqrt k;
     - ``rows-columns``: Dr = sqrt k of rows, Dc = sqrt k of columns;
-    - ``fisher``: Dr = sqrt of ``fisher[path] (out)``, which ``fisher_rows`` measures (FWSVD: Hsu et al.: Language model
+    - ``fisher``: Dr = ``fisher[path] (out)``, which ``fisher_row_weights`` measures (FWSVD: Hsu et al.: Language model
       compression with weighted low-rank factorization, ICLR 2022).
 
     Training is mixed-rank: at each forward pass of the model each gate draws z, 1 with probability p, and its layers
@@ -71,7 +72,8 @@ class LPAF(Method):
       ``outputs.logits``, and ``inputs["labels"]`` unless there is a teacher: without labels the CE terms are left out.
     - ``train_sparse``: whether W_s is trained too, at its non-zeros. False; it is held as it was.
     - ``distillation``: with a ``teacher`` in ``prepare``, run.loss also adds ``distillation *`` the
-      ``kl_divergence`` of the first pass from it, at ``temperature`` (1 and 2). It is put into eval mode.
+      ``kl_divergence`` of the first pass from it, at ``temperature`` (1 and 2). It is asked in evaluation mode, and
+      moved to the student's device when the run is attached.
 
     ``ValueError`` in ``prepare``: a config of another kind; a selected weight that holds NaN, is all zeros, or, with a
     weighting by what was kept, has no zero; a missing or unfit ``fisher``; ``gate="layer"`` for a model without roles;
@@ -107,7 +109,7 @@ class LPAF(Method):
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"LPAF: temperature is {temperature}, expected above 0")
         if (fisher is not None) != (weighting == "fisher"):
-            raise ValueError("LPAF: weighting='fisher' and fisher= go together; fisher_rows measures it")
+            raise ValueError("LPAF: weighting='fisher' and fisher= go together; fisher_row_weights measures it")
         self.weighting = weighting
         self.p0 = p0
         self.mixed = mixed
@@ -123,23 +125,20 @@ class LPAF(Method):
         return LPAFRun(model, self, total_steps, teacher)
 
 
-class LPAFRun(Run):
+class LPAFRun(FactoredRun):
     # W_s while it is held and not trained: a checkpoint of the model has the factors alone, so it is the run's.
     kinds = {"sparse": Kind()}
 
     def __init__(self, model: nn.Module, method: LPAF, total_steps: int, teacher: nn.Module | None) -> None:
         super().__init__(model, method.config, total_steps)
-        if teacher is model:
-            raise ValueError(f"{self.method}: the teacher is the model itself")
+        if teacher is not None:
+            check_teacher(self.method, model, teacher)
         for path, config in self.configs.items():
             if not isinstance(config, LowRankConfig):
                 raise ValueError(f"{self.method}: {path}: {config} is not low rank; expected a LowRankConfig")
-        self.seed = method.seed
-        self.consistency = method.consistency
+        self.options = method
         self.probability = Linear(method.p0, max(1, round(method.mixed * total_steps)))
-        self.teacher = teacher
-        self.distillation = method.distillation
-        self.temperature = method.temperature
+        self.teacher = Teacher(teacher) if teacher is not None and method.distillation else None
         self._gates = _gates(model, list(self.configs), method.gate)
         self._passes = 0
         # All factors before the first edit, so that a bad weight leaves the model as it was.
@@ -151,8 +150,6 @@ class LPAFRun(Run):
             factor_(model.get_submodule(path), self._mixed[path])  # type: ignore[arg-type]
         self._share_sparse()
         self._hook = model.register_forward_pre_hook(self._draw)
-        if teacher is not None:
-            teacher.eval()
         self._next_step()
 
     def weight(self, path: str) -> Tensor:
@@ -161,10 +158,10 @@ class LPAFRun(Run):
         if not parametrize.is_parametrized(linear, "weight"):
             return super().weight(path)
         factors = parameters_of(linear)
-        return factors["u"] @ factors["v"]
+        return low_rank.unpack(factors["u"], factors["v"])
 
     def trained(self, path: str) -> list[nn.Parameter]:
-        return list(parameters_of(self.model.get_submodule(path)).values())
+        return [*super().trained(path), *self._mixed[path].parameters(recurse=False)]
 
     def added_loss(self, outputs: Any, inputs: Any) -> Tensor:
         total = super().added_loss(outputs, inputs)
@@ -180,11 +177,11 @@ class LPAFRun(Run):
                 f"{self.method}: logits have one class, over which every divergence is 0; use consistency=0 and no "
                 f"teacher"
             )
-        if self.teacher is not None and self.distillation:
-            target = self._taught(inputs)
-            for ours, theirs in zip(logits, target, strict=True):
-                total = total + self.distillation * kl_divergence(
-                    ours.flatten(0, -2), theirs.flatten(0, -2), self.temperature
+        if self.teacher is not None:
+            _, answer = self.teacher.ask(inputs)
+            for ours, theirs in zip(logits, _logits(answer), strict=True):
+                total = total + self.options.distillation * kl_divergence(
+                    ours.flatten(0, -2), theirs.flatten(0, -2), self.options.temperature
                 )
         if self._two_passes():
             total = total + self._second_pass(outputs, logits, inputs)
@@ -195,8 +192,8 @@ class LPAFRun(Run):
 
     def resumed(self) -> None:
         for path, mixed in self._mixed.items():
-            if mixed.sparse is not None:
-                mixed.sparse = self.state["sparse"][path]
+            if mixed.held is not None:
+                mixed.held = self.state["sparse"][path]
         self._next_step()
 
     def metrics(self) -> dict[str, float]:
@@ -204,16 +201,9 @@ class LPAFRun(Run):
         return {**super().metrics(), "mixed": self.probability.at(self.step)}
 
     def finalize(self) -> CompressionPlan:
-        self.detach()
         self._hook.remove()
-        factors = {}
-        for path, mixed in self._mixed.items():
-            mixed.open = False
-            held = unfactor_(self.model.get_submodule(path))
-            factors[path] = {"u": held["u"], "v": held["v"]}
+        plan = super().finalize()
         self._mixed, self.state = {}, {}
-        plan = CompressionPlan(self.configs, factors)
-        plan.verify(self.model)
         return plan
 
     @torch.no_grad()
@@ -225,7 +215,7 @@ class LPAFRun(Run):
         if method.weighting == "fisher":
             if path not in (method.fisher or {}):
                 raise ValueError(f"{self.method}: {path}: fisher has no rows for this layer")
-            rows, columns = method.fisher[path].detach().sqrt(), None  # type: ignore[index]
+            rows, columns = method.fisher[path], None  # type: ignore[index]
         else:
             if method.weighting != "none" and weight.all():
                 raise ValueError(
@@ -239,20 +229,22 @@ class LPAFRun(Run):
         return u.masked_fill(empty_rows.unsqueeze(1), 0.0), v.masked_fill(empty_columns, 0.0)
 
     def _share_sparse(self) -> None:
-        held = {path: mixed.sparse for path, mixed in self._mixed.items() if mixed.sparse is not None}
+        held = {path: mixed.held for path, mixed in self._mixed.items() if mixed.held is not None}
         if held:
             self.state["sparse"] = held
 
     def _follow(self) -> None:
         # They move with the model.
         self._share_sparse()
+        if self.teacher is not None:
+            self.teacher.to(next(self.model.parameters()).device)
 
     def _draw(self, module: nn.Module, args: Any) -> None:
         if not module.training:
             return
         probability = self.probability.at(self.step)
         # Seeded by text: torch's CPU generator takes 32 bits of a seed, too few for three numbers side by side.
-        generator = random.Random(f"{self.seed} {self.step} {self._passes}")
+        generator = random.Random(f"{self.options.seed} {self.step} {self._passes}")
         self._passes += 1
         for paths in self._gates:
             z = generator.random() < probability
@@ -260,17 +252,11 @@ class LPAFRun(Run):
                 self._mixed[path].open = z
 
     def _two_passes(self) -> bool:
-        return self.consistency > 0 and self.probability.at(self.step) > 0
+        return self.options.consistency > 0 and self.probability.at(self.step) > 0
 
     def _next_step(self) -> None:
         self._passes = 0
-        self.needs_loss = self._two_passes() or (self.teacher is not None and self.distillation > 0)
-
-    def _taught(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        if self.teacher.training:  # type: ignore[union-attr]
-            self.teacher.eval()  # type: ignore[union-attr]
-        with torch.no_grad():
-            return _logits(self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}))  # type: ignore[misc]
+        self.needs_loss = self._two_passes() or self.teacher is not None
 
     def _second_pass(self, outputs: Any, logits: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
@@ -280,11 +266,11 @@ class LPAFRun(Run):
             )
         again = self.model(**inputs)
         ties = [symmetric_kl(a, b) for a, b in zip(logits, _logits(again), strict=True)]
-        total = self.consistency / 2 * torch.stack(ties).sum()
+        total = self.options.consistency / 2 * torch.stack(ties).sum()
         first, second = _loss(outputs), _loss(again)
         if first is not None and second is not None:
             return total + (second - first) / 2
-        if self.teacher is None or not self.distillation:
+        if self.teacher is None:
             raise ValueError(
                 f"{self.method}: the model gives no loss for these inputs, so the second pass has no task; "
                 f"pass labels, a teacher, or consistency=0"
@@ -293,30 +279,31 @@ class LPAFRun(Run):
 
 
 class MixedRank(Factors):
-    """(u, v) -> u v, or the sparse weight while the gate is ``open`` and the layer trains.
+    """(u, v) -> u v, or the sparse weight W_s while the gate is ``open`` and the layer trains.
 
-    ``sparse`` is no parameter and no buffer unless it is ``trained``: a checkpoint of the model leaves it out, and
-    DistributedDataParallel does not send it at every step. None: there is nothing to mix with.
+    W_s is the parameter ``sparse`` where it is ``trained``, and else ``held``, neither parameter nor buffer: a
+    checkpoint of the model leaves it out, and DistributedDataParallel does not send it at every step. None: there is
+    nothing to mix with.
     """
 
     def __init__(self, u: Tensor, v: Tensor, sparse: Tensor | None, *, trained: bool) -> None:
-        trained = trained and sparse is not None
-        super().__init__({"u": u, "v": v, **({"sparse": sparse} if trained else {})})  # type: ignore[dict-item]
-        self.sparse = None if trained else sparse
+        super().__init__({"u": u, "v": v})
+        self.sparse = nn.Parameter(sparse.clone()) if trained and sparse is not None else None
+        self.held = None if trained else sparse
         self.open = False
 
     def forward(self, u: Tensor, v: Tensor, sparse: Tensor | None = None) -> Tensor:
-        if not (self.open and self.training):
-            return u @ v if sparse is None else _Chosen.apply(u @ v, sparse)
-        if sparse is None:
-            return _Chosen.apply(self.sparse, u, v)
-        # Its zeros get no gradient, so they stay zeros.
-        return _Chosen.apply(sparse * (sparse.detach() != 0), u, v)
+        # Of what is trained, the zeros get no gradient, so they stay zeros.
+        chosen = self.held if self.sparse is None else self.sparse * (self.sparse.detach() != 0)
+        if self.open and self.training and chosen is not None:
+            return _Chosen.apply(chosen, u, v)
+        product = super().forward(u, v)
+        return product if self.sparse is None else _Chosen.apply(product, self.sparse)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MixedRank:
         super()._apply(fn, recurse)
-        if self.sparse is not None:
-            self.sparse = fn(self.sparse)
+        if self.held is not None:
+            self.held = fn(self.held)
         return self
 
 
@@ -335,34 +322,6 @@ class _Chosen(torch.autograd.Function):
             for needed, (shape, dtype, device) in zip(ctx.needs_input_grad[1:], ctx.others, strict=True)
         ]
         return gradient if ctx.needs_input_grad[0] else None, *zeros
-
-
-def fisher_rows(model: nn.Module, batches: Iterable[Mapping[str, Any]], selection: Selection) -> dict[str, Tensor]:
-    """Path -> ``(out)``: for each row of each selected weight the sum of its entries' empirical Fisher information, the
-    squared gradient of ``model(**batch).loss``, mean over the batches.
-
-    A batch of one example each is the definition; larger ones are cheaper and smooth it (FWSVD leaves the size open).
-    The model computes in eval mode and is left as it was, gradients included. ``ValueError`` without any batch.
-    """
-    chosen, _ = select(model, selection)
-    weights = {path: model.get_submodule(path).weight for path in chosen}
-    sums = {path: torch.zeros(len(w), dtype=w.dtype, device=w.device) for path, w in weights.items()}  # type: ignore[arg-type, call-overload]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    count = 0
-    try:
-        for batch in batches:
-            with torch.enable_grad():
-                gradients = torch.autograd.grad(model(**batch).loss, list(weights.values()))  # type: ignore[arg-type]
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                total += gradient.square().sum(1)
-            count += 1
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if not count:
-        raise ValueError("fisher_rows: there are no batches")
-    return {path: total / count for path, total in sums.items()}
 
 
 def _gates(model: nn.Module, paths: list[str], gate: str) -> list[list[str]]:
