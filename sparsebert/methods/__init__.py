@@ -6,6 +6,7 @@ from sparsebert.methods.fixed_factors import FactorTuning
 from sparsebert.methods.gradual import GradualMagnitude
 from sparsebert.methods.knowledge import KnowledgePruning
 from sparsebert.methods.losparse import LoSparse
+from sparsebert.methods.lpaf import LPAF
 from sparsebert.methods.magnitude import Magnitude
 from sparsebert.methods.movement import Movement
 from sparsebert.methods.permutation import permute_channels_
@@ -15,6 +16,7 @@ from sparsebert.methods.snip import Snip
 from sparsebert.methods.svd import SVD, fisher_row_weights
 
 __all__ = [
+    "LPAF",
     "SEVEN",
     "SVD",
     "FactorTuning",

@@ -46,9 +46,7 @@ def factor_(linear: nn.Linear, parametrization: Factors) -> None:
     trains = linear.weight.requires_grad
     parametrize.register_parametrization(linear, "weight", parametrization)
     # A new module is in training mode.
-    linear.parametrizations.train(linear.training)  # type: ignore[union-attr]
-    for parameter in parameters_of(linear).values():
-        parameter.requires_grad_(trains)
+    linear.parametrizations.train(linear.training).requires_grad_(trains)  # type: ignore[union-attr]
 
 
 def parameters_of(linear: nn.Module) -> dict[str, nn.Parameter]:

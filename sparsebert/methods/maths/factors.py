@@ -51,6 +51,28 @@ def fisher_row_weights(squared_gradients: Tensor, epsilon: float = 1e-5) -> Tens
     return (squared_gradients + epsilon).sqrt()
 
 
+def importance_of_kept(sparse: Tensor, weighting: str) -> tuple[Tensor | None, Tensor | None]:
+    """Row weights ``(out)`` and column weights ``(in)`` for ``weighted_svd`` from what pruning left of ``sparse (out,
+    in)``, with k the number of non-zeros of a row or column:
+
+    - ``none``: no weights, the plain SVD;
+    - ``row-share``: rows k / sum k;
+    - ``rows``: rows sqrt k, so that a row's squared error counts once for each weight that it kept;
+    - ``rows-columns``: sqrt k of rows and of columns.
+    """
+    kept = sparse != 0
+    rows = kept.sum(1).to(wide(sparse.dtype))
+    if weighting == "none":
+        return None, None
+    if weighting == "row-share":
+        return rows / rows.sum(), None
+    if weighting == "rows":
+        return rows.sqrt(), None
+    if weighting == "rows-columns":
+        return rows.sqrt(), kept.sum(0).to(rows.dtype).sqrt()
+    raise ValueError(f"importance_of_kept: weighting is {weighting!r}, expected none, row-share, rows or rows-columns")
+
+
 def _diagonal(values: Tensor | None, size: int, like: Tensor, label: str) -> Tensor | None:
     if values is None:
         return None
