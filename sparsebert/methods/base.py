@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsebert.configs import Config
+from sparsebert.formats.common import wide
 from sparsebert.plan import CompressionPlan, Selection, select
 
 
@@ -48,10 +49,14 @@ class Method(ABC):
 
 class Kind(NamedTuple):
     """One kind of tensor that a run keeps for each layer: its dtype (None: that of the weight) and whether it is a
-    single number, or of the weight's shape."""
+    single number, or of the weight's shape. ``wide``: the weight's dtype, but 32 bits where that has 16."""
 
     dtype: torch.dtype | None = None
     scalar: bool = False
+    wide: bool = False
+
+    def dtype_for(self, weight: Tensor) -> torch.dtype:
+        return wide(weight.dtype) if self.wide else self.dtype or weight.dtype
 
 
 class Run(ABC):
@@ -220,12 +225,17 @@ class Run(ABC):
 
     def new_state(self, kind: str) -> dict[str, Tensor]:
         """Zeros of this kind for every layer, kept as state from now on."""
-        dtype, scalar = self.kinds[kind]
-        self.state[kind] = {
-            path: torch.zeros((() if scalar else w.shape), dtype=dtype or w.dtype, device=w.device)
-            for path, w in ((path, self.weight(path).detach()) for path in self.configs)
-        }
+        self.state[kind] = {}
+        for path in self.configs:
+            shape, dtype = self.form(kind, path)
+            self.state[kind][path] = torch.zeros(shape, dtype=dtype, device=self.weight(path).device)
         return self.state[kind]
+
+    def form(self, kind: str, path: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the tensor of this kind for the layer at ``path``: what ``kinds`` says, unless a method's
+        tensors differ from layer to layer."""
+        wanted, weight = self.kinds[kind], self.weight(path)
+        return () if wanted.scalar else tuple(weight.shape), wanted.dtype_for(weight)
 
     def finite_weight(self, path: str) -> Tensor:
         """The layer's weight, detached; ``ValueError`` naming the layer where it holds NaN or infinities."""
@@ -241,13 +251,10 @@ class Run(ABC):
                 tensors[path] = tensor.to(self.weight(path).device)
 
     def _check(self, kind: str, path: str, tensor: Tensor) -> None:
-        weight = self.weight(path)
-        dtype, scalar = self.kinds[kind]
-        shape = () if scalar else tuple(weight.shape)
-        if tuple(tensor.shape) != shape or tensor.dtype != (dtype or weight.dtype):
+        shape, dtype = self.form(kind, path)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(
-                f"{self.method}: {path}: {kind} is {tensor.dtype} {tuple(tensor.shape)}, expected "
-                f"{dtype or weight.dtype} {shape}"
+                f"{self.method}: {path}: {kind} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}"
             )
 
     def _refuse_task_loss(self, gradient: Tensor) -> None:
