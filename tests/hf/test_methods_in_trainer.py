@@ -4,8 +4,6 @@ loss it backpropagates, evaluation in between, logs, and resuming."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import sparsebert as sb
+from method_cases import METHODS, Row
 from sparsebert.methods.masked import MaskedRun
 from tiny_models import tiny_model, tokens
 
@@ -47,24 +46,6 @@ class Pulled(sb.methods.Method):
         return PulledRun(model, self.config, total_steps)
 
 
-@dataclass
-class Row:
-    """A method of the table. ``teacher``: whether it wants one."""
-
-    method: Callable[[], sb.methods.Method]
-    teacher: bool = False
-
-    def prepare(self, model, steps=STEPS):
-        options = {"teacher": tiny_model(seed=5)} if self.teacher else {}
-        return self.method().prepare(model, total_steps=steps, **options)
-
-
-# One row for each method: everything below is tried with each of them.
-METHODS = {
-    "magnitude": Row(lambda: sb.methods.Magnitude(sb.NMConfig(2, 4))),
-    "knowledge": Row(lambda: sb.methods.KnowledgePruning(sb.BitmapConfig(0.1), updates=3), teacher=True),
-    "knowledge-nm": Row(lambda: sb.methods.KnowledgePruning(sb.NMConfig(1, 8), task_loss=True), teacher=True),
-}
 every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
 
 
@@ -85,6 +66,10 @@ def student(seed=0, dropout=None):
         if isinstance(module, nn.Dropout) and dropout is not None:
             module.p = dropout
     return model
+
+
+def prepare(row, model, steps=STEPS):
+    return row.prepare(model, steps, tiny_model(seed=5))
 
 
 def arguments(folder, **changes):
@@ -134,9 +119,7 @@ class Watcher(TrainerCallback):
         self.run, self.evaluated, self.logs = run, [], []
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        weights = [self.run.weight(path) for path in self.run.configs]
-        zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-        self.evaluated.append((self.run.step, zeros, metrics["eval_loss"]))
+        self.evaluated.append((self.run.step, self.run.metrics()["sparsity"], metrics["eval_loss"]))
 
     def on_log(self, args, state, control, logs, **kwargs):
         self.logs.append(dict(logs))
@@ -145,18 +128,18 @@ class Watcher(TrainerCallback):
 @every_method
 def test_trains_evaluates_the_pruned_model_and_exports(row, tmp_path):
     model = student()
-    run = row.prepare(model)
+    run = prepare(row, model)
     watcher = Watcher(run)
     training = trainer(model, run, tmp_path, callbacks=[watcher], eval_strategy="steps", eval_steps=3)
     training.train()
     # Accumulated gradients make one step.
     assert run.step == STEPS
     assert [step for step, _, _ in watcher.evaluated] == [3, 6]
-    assert all(zeros > 0.05 for _, zeros, _ in watcher.evaluated)
+    assert watcher.evaluated[-1][1] > 0.05
     logged = [entry for entry in training.state.log_history if "eval_loss" in entry]
-    assert [entry["compression/sparsity"] for entry in logged] == pytest.approx([z for _, z, _ in watcher.evaluated])
+    assert [entry["compression/sparsity"] for entry in logged] == pytest.approx([s for _, s, _ in watcher.evaluated])
     assert [entry["compression/sparsity"] for entry in watcher.logs if "eval_loss" in entry] == pytest.approx(
-        [z for _, z, _ in watcher.evaluated]
+        [s for _, s, _ in watcher.evaluated]
     )
     training.remove_callback(watcher)
     plan = run.finalize()
@@ -172,7 +155,7 @@ def test_trains_evaluates_the_pruned_model_and_exports(row, tmp_path):
 def test_resumes_bit_for_bit(row, tmp_path):
     def run_once(seed, **options):
         model = student(seed)
-        run = row.prepare(model)
+        run = prepare(row, model)
         trainer(model, run, tmp_path, save_strategy="steps", save_steps=3).train(**options)
         return run, parameters(model)
 
@@ -191,13 +174,12 @@ def test_resumes_bit_for_bit(row, tmp_path):
 @every_method
 def test_trains_under_bfloat16(row, tmp_path):
     model = student()
-    run = row.prepare(model)
-    before = parameters(model)
-    training = trainer(model, run, tmp_path, bf16=True)
-    training.train()
-    after = parameters(model)
-    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in after.values())
-    assert all(not torch.equal(after[f"{path}.weight"], before[f"{path}.weight"]) for path in run.configs)
+    run = prepare(row, model)
+    trained = [parameter for path in run.configs for parameter in run.trained(path)]
+    before = [parameter.detach().clone() for parameter in trained]
+    trainer(model, run, tmp_path, bf16=True).train()
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in parameters(model).values())
+    assert all(not torch.equal(new, old) for new, old in zip(trained, before, strict=True))
     run.finalize().verify(model)
 
 
@@ -205,7 +187,7 @@ def test_trains_under_bfloat16(row, tmp_path):
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_step_that_a_scaler_skips_counts_for_nothing(row, fused):
     model = student()
-    run = row.prepare(model, steps=3)
+    run = prepare(row, model, 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
     run.attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -239,7 +221,7 @@ def trained(folder, row, kind=sb.hf.CompressionTrainer, **changes):
     """Weights after two plain gradient steps without noise: they tell how large the gradients were."""
     model = student(dropout=0.0)
     given = {"max_steps": 2, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "weight_decay": 0.0}
-    trainer(model, row.prepare(model, 2), folder, kind, **{**given, **changes}).train()
+    trainer(model, prepare(row, model, 2), folder, kind, **{**given, **changes}).train()
     return parameters(model)
 
 
@@ -277,9 +259,9 @@ def test_the_loss_is_the_tasks_and_the_methods(options, tmp_path):
     """Against a loop by hand."""
     found = trained(tmp_path, PULLED, per_device_train_batch_size=8, gradient_accumulation_steps=1, **options)
     model = student(dropout=0.0)
-    run = PULLED.prepare(model)
+    run = prepare(PULLED, model)
     twin = student()
-    loader = trainer(twin, PULLED.prepare(twin), tmp_path, per_device_train_batch_size=8).get_train_dataloader()
+    loader = trainer(twin, prepare(PULLED, twin), tmp_path, per_device_train_batch_size=8).get_train_dataloader()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     # The Trainer seeds before it shuffles.
     torch.manual_seed(11)
@@ -315,13 +297,13 @@ def test_a_bare_encoder_learns_from_its_teacher_alone(tmp_path):
 
 def test_gradients_are_shown_clipped_and_unscaled(tmp_path):
     model = student()
-    run = PULLED.prepare(model)
+    run = prepare(PULLED, model)
     trainer(model, run, tmp_path, max_grad_norm=0.01).train()
     assert run.seen == pytest.approx([0.01] * STEPS, rel=1e-3)
 
     for fused in (False, True):
         model = student(dropout=0.0).train()
-        run = PULLED.prepare(model)
+        run = prepare(PULLED, model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=fused)
         run.attach(optimizer)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -344,14 +326,14 @@ def test_gradients_are_shown_clipped_and_unscaled(tmp_path):
 
 def test_a_plain_trainer_is_told_to_add_the_loss(tmp_path):
     model = student()
-    run = METHODS["knowledge"].prepare(model)
+    run = prepare(METHODS["knowledge"], model)
     with pytest.raises(RuntimeError, match="train with sparsebert.hf.CompressionTrainer in place of the Trainer"):
         trainer(model, run, tmp_path, Trainer).train()
 
 
 def test_the_run_comes_from_one_place(tmp_path):
     model = student()
-    run, other = (METHODS["magnitude"].prepare(model) for _ in range(2))
+    run, other = (prepare(METHODS["magnitude"], model) for _ in range(2))
     with pytest.raises(ValueError, match=r"CompressionTrainer: has no run; pass run=, or callbacks="):
         trainer(model, None, tmp_path).train()
     with pytest.raises(ValueError, match="run= is not the run of the CompressionCallback"):
@@ -366,5 +348,5 @@ def test_the_run_comes_from_one_place(tmp_path):
 
 def test_a_training_of_another_length_is_remarked_on(tmp_path, caplog):
     model = student()
-    trainer(model, METHODS["magnitude"].prepare(model, 7), tmp_path, max_steps=1).train()
+    trainer(model, prepare(METHODS["magnitude"], model, 7), tmp_path, max_steps=1).train()
     assert "the Trainer makes 1 optimizer steps, but the run was prepared for 7" in caplog.text
