@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparsebert.configs import BitmapConfig, Config, Int8Config, NMConfig
 from sparsebert.formats import bitmap
+from sparsebert.formats.common import wide
 from sparsebert.methods.base import Kind, Method, Run
 from sparsebert.methods.masked import MaskedRun, drop_
 from sparsebert.methods.maths.projections import Block, Dictionary, Int8Grid, Largest, Pattern, on_grid
@@ -344,7 +345,7 @@ class ADMMRun(MaskedRun):
         self.state["out_of_pattern"][path].copy_(_ratio(_norm(weight - self._project(path, weight)), norm).square())
         torch.sub(target, new, out=dual)
         grown = torch.minimum(rho * self.options.rho_growth, self.options.rho_max * self._first_rho(path))
-        dual.mul_(_ratio(rho, grown))
+        dual.mul_(torch.where(grown > 0, rho / grown, torch.ones_like(grown)))
         rho.copy_(grown)
         self._rhos.pop(path, None)
         torch.sub(new, dual, out=anchor)
@@ -414,7 +415,7 @@ def _pattern(path: str, config: Config, tiles: Block | Dictionary | None, weight
 
 
 def _norm(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values, dtype=torch.float32)
+    return torch.linalg.vector_norm(values, dtype=wide(values.dtype)).float()
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
