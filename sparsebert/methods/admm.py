@@ -193,7 +193,7 @@ class ADMMRun(MaskedRun):
         return {path: Residuals(*(float(self.state[k][path]) for k in Residuals._fields)) for path in self.configs}
 
     def metrics(self) -> dict[str, float]:
-        """``sparsity``; the means over the layers of the ``Residuals`` and ``rho``; and ``round``: how many are done."""
+        """``sparsity``; means over the layers of the ``Residuals`` and ``rho``; and ``round``, how many are done."""
         means = {kind: self.state[kind].values() for kind in (*Residuals._fields, "rho")}
         return {
             **super().metrics(),
