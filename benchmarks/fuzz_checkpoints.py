@@ -64,6 +64,8 @@ CONFIGS = [
     sb.Int8Config(),
     sb.Int8Config("static"),
     sb.Int8Config("dynamic", sb.NMConfig(2, 4)),
+    sb.DenseConfig(),
+    {"output": sb.NMConfig(2, 4, columns=0.5)},
 ]
 
 SIZES = dict(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparsebert import nn as nn
     from sparsebert.calibration import calibrate as calibrate
     from sparsebert.configs import BitmapConfig as BitmapConfig
+    from sparsebert.configs import DenseConfig as DenseConfig
     from sparsebert.configs import Int8Config as Int8Config
     from sparsebert.configs import LowRankConfig as LowRankConfig
     from sparsebert.configs import LowRankSparseConfig as LowRankSparseConfig
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sparsebert.configs import RowsConfig as RowsConfig
     from sparsebert.hf.checkpoint import load_pretrained as load_pretrained
     from sparsebert.hf.checkpoint import save_pretrained as save_pretrained
+    from sparsebert.nn.int8_linear import quantizing as quantizing
     from sparsebert.ops.select import backend as backend
     from sparsebert.plan import CompressionPlan as CompressionPlan
     from sparsebert.report import explain as explain
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _NAMES = {
     "BitmapConfig": "sparsebert.configs",
+    "DenseConfig": "sparsebert.configs",
     "Int8Config": "sparsebert.configs",
     "LowRankConfig": "sparsebert.configs",
     "LowRankSparseConfig": "sparsebert.configs",
@@ -50,6 +53,7 @@ _NAMES = {
     "compress_": "sparsebert.swap",
     "decompress_": "sparsebert.swap",
     "prepare_": "sparsebert.swap",
+    "quantizing": "sparsebert.nn.int8_linear",
     "size_report": "sparsebert.report",
     "explain": "sparsebert.report",
     "tune": "sparsebert.tuning",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsebert.formats import int8
-from sparsebert.nn import Int8Linear
+from sparsebert.nn import Int8Linear, quantizing
 from sparsebert.report import packed_layers, table
 
 METHODS = ("minmax", "percentile", "mse")
@@ -120,9 +120,11 @@ def _observe(
             layer.prepare_("neutral")
             layer.calibrating = True
             handles.append(layer.register_forward_pre_hook(_hook(path, observers[path])))
-        for batch in batches:
-            _call(model, batch, device)
-            count += 1
+        # Dynamic layers beside them round as well, whatever holds them here: the scales serve other devices too.
+        with quantizing(model):
+            for batch in batches:
+                _call(model, batch, device)
+                count += 1
     finally:
         for handle in handles:
             handle.remove()

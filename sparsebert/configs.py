@@ -2,7 +2,7 @@
 
 ``str(config)`` is how the command line writes it, and ``parse_config`` reads it back::
 
-    2:4  2:4@0.5  bitmap:0.1  low-rank:0.25  low-rank:r64  low-rank:0.15+rows:0.1  int8  int8-static  int8+2:4
+    2:4  2:4@0.5  bitmap:0.1  low-rank:0.25  low-rank:r64  low-rank:0.15+rows:0.1  int8  int8-static  int8+2:4  dense
 """
 
 from __future__ import annotations
@@ -175,10 +175,23 @@ class Int8Config:
         return _to_dict(self)
 
 
+@dataclass(frozen=True)
+class DenseConfig:
+    """The dense weight as it is, in a packed layer: rows that the next layer does not read can then be dropped."""
+
+    format: ClassVar[str] = "dense"
+
+    def __str__(self) -> str:
+        return "dense"
+
+    def to_dict(self) -> dict[str, Any]:
+        return _to_dict(self)
+
+
 # What a layer can be compressed to. RowsConfig is only a part of another.
-Config = NMConfig | BitmapConfig | LowRankConfig | LowRankSparseConfig | Int8Config
+Config = NMConfig | BitmapConfig | LowRankConfig | LowRankSparseConfig | Int8Config | DenseConfig
 SparseConfig = RowsConfig | NMConfig | BitmapConfig
-CONFIG_TYPES = (NMConfig, BitmapConfig, LowRankConfig, LowRankSparseConfig, Int8Config)
+CONFIG_TYPES = (NMConfig, BitmapConfig, LowRankConfig, LowRankSparseConfig, Int8Config, DenseConfig)
 
 _BY_FORMAT: dict[str, Any] = {kind.format: kind for kind in (*CONFIG_TYPES, RowsConfig)}
 _NUMBER = r"(\d+(?:\.\d+)?)"
@@ -198,7 +211,7 @@ def parse_config(text: str) -> Config:
     if config is None or isinstance(config, RowsConfig):
         raise ValueError(
             f"{text!r} is no format; write one of 2:4, 2:4@0.5 (half of the columns), bitmap:0.1, low-rank:0.25, "
-            f"low-rank:r64, low-rank:0.15+rows:0.1, int8, int8-static, int8+2:4"
+            f"low-rank:r64, low-rank:0.15+rows:0.1, int8, int8-static, int8+2:4, dense"
         )
     return config
 
@@ -221,7 +234,7 @@ def _parse(text: str) -> Config | RowsConfig | None:
         weights = None if match[2] is None else _parse(match[2])
         if weights is None or isinstance(weights, NMConfig):
             return None if match[2] and weights is None else Int8Config("static" if match[1] else "dynamic", weights)
-    return None
+    return DenseConfig() if text == "dense" else None
 
 
 def _to_dict(config: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class CompressionPlan:
                     f"{path}: the plan names this layer, but {type(model).__name__} has no such module; "
                     f"its linear layers: {summarize(linear_paths(model))}"
                 ) from None
-            if reason := refusal(module, config) or weight_use(model, path):
+            if reason := obstacle(model, path, config):
                 raise ValueError(f"{path}: {reason}")
             weight = module.weight.detach()  # type: ignore[union-attr, operator]
             factors = dict(self.factors.get(path, {}))
@@ -193,6 +193,16 @@ def refusal(module: nn.Module, config: Config) -> str | None:
     return None
 
 
+def obstacle(model: nn.Module, path: str, config: Config) -> str | None:
+    """None, or why the layer at ``path`` of ``model`` cannot be packed as ``config``: ``refusal`` of the layer itself,
+    code that reads its weight, or another module that has the same one."""
+    module = model.get_submodule(path)
+    if reason := refusal(module, config) or weight_use(model, path):
+        return reason
+    names = _shared_weights(model).get(id(module.weight))
+    return None if names is None else f"weight is shared with {names}"
+
+
 def select(
     model: nn.Module, selection: Selection, *, ignore: Iterable[str] = ()
 ) -> tuple[dict[str, Config], dict[str, str]]:
@@ -203,7 +213,7 @@ def select(
     None leaves a layer dense. ``ignore`` holds paths or patterns to leave out. ``ValueError`` where a key matches
     nothing, is a role that the model's family has not, or nothing is chosen, listing what there was.
     """
-    linears = {path: model.get_submodule(path) for path in linear_paths(model)}
+    linears = linear_paths(model)
     if isinstance(selection, CONFIG_TYPES):
         by_role: dict[str, Config | None] = dict.fromkeys(ROLES, selection)
         by_pattern: dict[str, Config | None] = {}
@@ -221,14 +231,12 @@ def select(
     if isinstance(selection, Mapping) and (absent := [role for role in by_role if role not in roles.values()]):
         there = ", ".join(dict.fromkeys(roles.values()))
         raise ValueError(f"{type(model).__name__} has no role {absent[0]!r}; it has {there}")
-    ignored = _matches(model, list(ignore), linears, "ignore")
-    patterns = sorted(by_pattern, key=lambda key: key not in linears)
-    matched = _matches(model, patterns, linears, "selection")
+    ignored = match_linears(model, ignore, "ignore")
+    matched = match_linears(model, sorted(by_pattern, key=lambda key: key not in linears), "selection")
 
-    shared = _shared_weights(model)
     chosen: dict[str, Config] = {}
     skipped: dict[str, str] = {}
-    for path, module in linears.items():
+    for path in linears:
         if path in ignored:
             skipped[path] = f"ignored by {ignored[path]!r}"
             continue
@@ -241,10 +249,8 @@ def select(
             continue
         if config is None:
             skipped[path] = "left dense by the selection"
-        elif reason := refusal(module, config) or weight_use(model, path):
+        elif reason := obstacle(model, path, config):
             skipped[path] = reason
-        elif id(module.weight) in shared:
-            skipped[path] = f"weight is shared with {shared[id(module.weight)]}"
         else:
             chosen[path] = config
     if not chosen:
@@ -253,15 +259,19 @@ def select(
     return chosen, skipped
 
 
-def _matches(model: nn.Module, patterns: list[str], linears: Mapping[str, nn.Module], label: str) -> dict[str, str]:
-    """Path -> the first pattern that matches it; every pattern must match something."""
+def match_linears(model: nn.Module, patterns: Iterable[str], label: str) -> dict[str, str]:
+    """Path of a dense linear layer -> the first of ``patterns`` that matches it, each a path or a glob over paths.
+
+    ``ValueError`` naming ``label`` where a pattern matches nothing, listing what there was.
+    """
+    linears = linear_paths(model)
     found: dict[str, str] = {}
     for pattern in patterns:
         hits = [path for path in linears if path == pattern or fnmatchcase(path, pattern)]
         if not hits:
             raise ValueError(
                 f"{type(model).__name__}: {label} {pattern!r} matches no linear layer and is no role "
-                f"({', '.join(ROLES)}); its linear layers: {summarize(list(linears))}"
+                f"({', '.join(ROLES)}); its linear layers: {summarize(linears)}"
             )
         for path in hits:
             found.setdefault(path, pattern)

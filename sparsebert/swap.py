@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsebert.configs import Config, LowRankConfig, LowRankSparseConfig, NMConfig
+from sparsebert.configs import Config, DenseConfig, LowRankConfig, LowRankSparseConfig, NMConfig
 from sparsebert.formats import nm, one_shot
 from sparsebert.nn import MODULES, PackedLinear
-from sparsebert.plan import CompressionPlan, Selection, refusal, select
+from sparsebert.plan import CompressionPlan, Selection, match_linears, obstacle, refusal, select
 from sparsebert.report import CompressedLayer, Report, packed_layers, role_of, size_report
 from sparsebert.roles import LayerRef, feed_forward_pairs
 
@@ -36,18 +36,20 @@ def compress_(
     - a mapping from role, path or glob pattern to config or None (see ``sparsebert.plan.select``), pruned likewise;
     - a ``CompressionPlan``: its layers are verified and packed as they are.
 
-    ``ignore``: paths or patterns left dense (not with a plan). ``layout``: how packed weights are held (``auto``,
+    A feed-forward layer that is left dense loses the rows that the layer after it does not read (``DenseConfig``).
+    ``ignore``: paths or patterns left as they are (not with a plan). ``layout``: how packed weights are held (``auto``,
     ``neutral``, ``dense`` ...). Layers that do not qualify stay dense and are listed with the reason. ``ValueError``
     where nothing is left to pack, a pattern matches nothing, a plan does not hold or a weight holds NaN; the model is
     then as it was.
     """
     skipped: dict[str, str] = {}
     factors: Mapping[str, Mapping[str, Tensor]] | None = None
+    ignore = tuple(ignore)
     if isinstance(spec, CompressionPlan):
-        if tuple(ignore):
+        if ignore:
             raise ValueError("compress_: ignore cannot be combined with a plan; remove the layers from the plan")
         spec.verify(model)
-        chosen = dict(spec.layers)
+        chosen: dict[str, Config] = dict(spec.layers)
         factors = spec.factors
         if not chosen:
             raise ValueError("compress_: the plan is empty")
@@ -56,11 +58,12 @@ def compress_(
 
     packed: dict[str, PackedLinear] = {}
     energy: dict[str, float] = {}
-    kept_rows = _kept_rows(model, chosen, pruned=factors is not None)
+    compacted = _compacted(model, chosen, match_linears(model, ignore, "ignore"), pruned=factors is not None)
+    chosen |= {path: DenseConfig() for path in compacted if path not in chosen}
     for path, config in chosen.items():
         linear = model.get_submodule(path)
         made_of = None if factors is None else factors.get(path, {})
-        packed[path] = _pack(linear, config, path, made_of, **kept_rows.get(path, {}))  # type: ignore[arg-type]
+        packed[path] = _pack(linear, config, path, made_of, **compacted.get(path, {}))  # type: ignore[arg-type]
         energy[path] = _kept_energy(linear.weight.detach(), packed[path])  # type: ignore[union-attr, operator]
         packed[path].prepare_(layout)
 
@@ -72,6 +75,7 @@ def compress_(
         role, index = places.get(path, (None, None))
         text = str(chosen[path])
         layers.append(CompressedLayer(path, role, index, text, module.description, module.layout, energy[path]))
+    skipped = {path: reason for path, reason in skipped.items() if path not in packed}
     return Report(tuple(layers), skipped, size_report(model))
 
 
@@ -144,11 +148,14 @@ def swap_in_(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
                 parent._modules[name] = new_by_old[id(child)]
 
 
-def _kept_rows(model: nn.Module, chosen: Mapping[str, Config], *, pruned: bool) -> dict[str, dict[str, Any]]:
+def _compacted(
+    model: nn.Module, chosen: Mapping[str, Config], ignored: Iterable[str], *, pruned: bool
+) -> dict[str, dict[str, Any]]:
     """How the two layers of each feed-forward net are compacted together: keyword arguments of ``from_linear`` by path.
 
-    Where ``output`` drops input columns and ``intermediate`` is packed too, nobody reads those rows of
-    ``intermediate``: they are dropped as well, and ``output`` need not gather.
+    Where ``output`` drops input columns, nobody reads those rows of ``intermediate``: they are dropped as well, and
+    ``output`` need not gather. An ``intermediate`` that is not in ``chosen`` is packed dense for that, unless it is
+    ``ignored`` or cannot be packed.
     """
     found: dict[str, dict[str, Any]] = {}
     if not any(isinstance(config, NMConfig) and config.columns is not None for config in chosen.values()):
@@ -159,14 +166,16 @@ def _kept_rows(model: nn.Module, chosen: Mapping[str, Config], *, pruned: bool) 
         # A family without roles: x is gathered.
         return found
     for inner, outer in pairs:
-        config = chosen.get(outer.path)
-        if not isinstance(config, NMConfig) or config.columns is None or inner.path not in chosen:
+        config, inner_config = chosen.get(outer.path), chosen.get(inner.path, DenseConfig())
+        if not isinstance(config, NMConfig) or config.columns is None:
+            continue
+        if inner.path not in chosen and (inner.path in ignored or obstacle(model, inner.path, inner_config)):
             continue
         weight = outer.module.weight.detach()  # type: ignore[union-attr, operator]
         count = nm.column_count(weight.shape[1], config.columns, config.m)
         columns = nm.kept_columns(weight, count, name=outer.path) if pruned else nm.choose_columns(weight, count)
         rows = _inner_rows(columns, inner, outer)
-        if len(columns) < weight.shape[1] and not _loses_rank(chosen[inner.path], inner, len(rows), pruned=pruned):
+        if len(columns) < weight.shape[1] and not _loses_rank(inner_config, inner, len(rows), pruned=pruned):
             found[inner.path] = {"kept_rows": rows}
             found[outer.path] = {"columns": columns, "compact_input": True}
     return found

@@ -12,7 +12,7 @@ from sparsebert.formats import bitmap, int8, nm, one_shot
 from sparsebert.nn import MODULES, PackedLinear
 from sparsebert.ops import int8 as int8_op
 from sparsebert.ops import layouts, low_rank_sparse
-from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec, Spec
+from sparsebert.ops.specs import BitmapSpec, DenseSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec, Spec
 
 CPU = torch.device("cpu")
 OUT, RANK, INPUT_SCALE = 37, 5, 0.02
@@ -34,9 +34,20 @@ KINDS: dict[str, Any] = {
     "int8-static": sb.Int8Config("static"),
     "int8+2:4": sb.Int8Config(weights=sb.NMConfig(2, 4)),
     "int8-static+1:4": sb.Int8Config("static", sb.NMConfig(1, 4)),
+    "dense": sb.DenseConfig(),
 }
 # One kind of every structure, for what costs seconds and does not look at numbers.
-LEAD = ("nm-2:4", "bitmap-half", "low-rank", "rows", "factors+2:4", "factors+bitmap", "int8", "int8-static+1:4")
+LEAD = (
+    "nm-2:4",
+    "bitmap-half",
+    "low-rank",
+    "rows",
+    "factors+2:4",
+    "factors+bitmap",
+    "int8",
+    "int8-static+1:4",
+    "dense",
+)
 
 
 class Made(NamedTuple):
@@ -83,6 +94,8 @@ def make(kind: str, dtype: torch.dtype = torch.float32, *, out: int = OUT, seed:
         if config.activations == "static":
             neutral.append(torch.tensor(INPUT_SCALE))
         exact = values.double() * scales.double().unsqueeze(1)
+    elif isinstance(config, sb.DenseConfig):
+        spec, neutral, exact = DenseSpec(*sizes), [weight.clone()], weight.double()
     else:
         u, v = factors["u"], factors["v"]
         spec, neutral, exact = LowRankSpec(RANK, *sizes), [u, v], u.double() @ v.double()

@@ -273,6 +273,18 @@ def test_modes_layouts_and_gradients_come_back(layout):
     assert model[0].bias.grad is not None
 
 
+def test_dynamic_layers_beside_them_quantize_too():
+    """Scales are for every device, and must not depend on what holds the layers before them here."""
+    largest = {}
+    for layout in ("neutral", "dense"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+        sb.compress_(model, {"0": sb.Int8Config(), "1": sb.Int8Config("static")}, layout=layout)
+        largest[layout] = sb.calibrate(model, [torch.randn(20, 12, generator=torch.Generator().manual_seed(1))]).layers
+        assert model[0].layout == layout
+    assert largest["neutral"] == largest["dense"]
+
+
 def test_a_second_calibration_replaces_the_first():
     """And does not see through the scales of the first."""
     model, fresh = chain(), chain()

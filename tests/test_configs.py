@@ -24,6 +24,7 @@ TEXTS = {
     "int8-static": sb.Int8Config("static"),
     "int8+2:4": sb.Int8Config(weights=sb.NMConfig(2, 4)),
     "int8-static+1:4": sb.Int8Config("static", sb.NMConfig(1, 4)),
+    "dense": sb.DenseConfig(),
 }
 
 
@@ -44,7 +45,17 @@ def test_every_pattern_round_trips():
 @pytest.mark.parametrize(
     "text",
     ["2-4", "4", "2:4:8", "-1:4", "2:4@", "bitmap", "bitmap:-1", "rows:0.1", "low-rank", "low-rank:r", "low-rank:0.1+"]
-    + ["low-rank:0.1+int8", "int8+", "int8+bitmap:0.1", "int8-other", "int4", "", "2:4 x", "low-rank:0.1+low-rank:0.1"],
+    + [
+        "low-rank:0.1+int8",
+        "int8+",
+        "int8+bitmap:0.1",
+        "int8-other",
+        "int4",
+        "dense:1",
+        "",
+        "2:4 x",
+        "low-rank:0.1+low-rank:0.1",
+    ],
 )
 def test_what_is_no_format(text):
     with pytest.raises(ValueError, match="is no format; write one of 2:4"):
@@ -90,6 +101,7 @@ def test_values_that_make_no_sense(make, error, message):
         {"format": "nm", "n": 2},
         {"format": "nm", "n": 2, "m": 4, "x": 1},
         {"format": "rows", "ratio": 0.5},
+        {"format": "dense", "rows": 0.5},
         {"format": "low_rank_sparse", "rank": 2, "sparse": {"format": "nope"}},
         {},
     ],

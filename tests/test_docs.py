@@ -33,6 +33,7 @@ FORMATS = {
     "low_rank": ("low_rank.md", ["low-rank:r4"]),
     "low_rank_sparse": ("low_rank.md", ["low-rank:r4+rows:0.1", "low-rank:r4+2:4", "low-rank:r4+bitmap:0.1"]),
     "int8": ("int8.md", ["int8-static", "int8+2:4"]),
+    "dense": ("dense.md", ["dense"]),
 }
 
 

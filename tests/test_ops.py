@@ -32,7 +32,7 @@ FLOAT_PAIRS = pairs(*FLOAT_KINDS) + [(kind, "dense") for kind in INT8_KINDS]
 INT8_PAIRS = pairs(*INT8_KINDS, without=("dense",))
 LEAD_PAIRS = pairs(*LEAD)
 ALL_PAIRS = pairs(*KINDS)
-OPS = ("nm_linear", "bitmap_linear", "low_rank_linear", "low_rank_sparse_linear", "int8_linear")
+OPS = ("nm_linear", "bitmap_linear", "low_rank_linear", "low_rank_sparse_linear", "int8_linear", "dense_linear")
 
 
 def op_of(made):
@@ -665,4 +665,4 @@ def test_labels_say_what_a_weight_is():
         "int8 dynamic",
         "int8 static 1:4",
     )
-    assert NMSpec(2, 4, 8, 8).label == "2:4"
+    assert NMSpec(2, 4, 8, 8).label == "2:4" and labels["dense"] == "dense"

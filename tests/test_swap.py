@@ -9,7 +9,18 @@ from torch import nn
 
 import sparsebert as sb
 from sparsebert.formats import nm, one_shot
-from sparsebert.nn import MODULES, BitmapLinear, Int8Linear, LowRankLinear, LowRankSparseLinear, NMLinear, PackedLinear
+from sparsebert.nn import (
+    MODULES,
+    BitmapLinear,
+    DenseLinear,
+    Int8Linear,
+    LowRankLinear,
+    LowRankSparseLinear,
+    NMLinear,
+    PackedLinear,
+)
+from sparsebert.ops import int8
+from sparsebert.report import Bytes
 from sparsebert.roles import feed_forward_pairs, find_layers
 from sparsebert.swap import quantization_config
 from tiny_models import FAMILIES, outputs, tiny_model
@@ -219,6 +230,56 @@ def test_explain_names_layout_kernel_refusals_and_basis():
     assert sb.explain(model).layers[0].basis == "layout asked for: neutral"
 
 
+INT8_BY_ROLE = {"query": sb.Int8Config(), "key": sb.Int8Config(weights=sb.NMConfig(2, 4)), "value": CONFIG}
+
+
+@pytest.mark.parametrize("capable", [False, True])
+def test_int8_is_held_dense_on_a_cpu_without_int8_instructions(capable, monkeypatch):
+    monkeypatch.setattr(int8, "cpu_has_int8", lambda: capable)
+    model = tiny_model()
+    layers = {layer.role: layer for layer in sb.compress_(model, INT8_BY_ROLE).layers}
+    found = {layer.role: layer for layer in sb.explain(model).layers}
+    reason = "not measured here"
+    if not capable:
+        reason += (
+            "; this CPU has no int8 instructions, and exact int8 sums take longer there than a dense matmul; "
+            "x is then not quantized"
+        )
+    assert layers["query"].layout == found["query"].layout == ("neutral" if capable else "dense")
+    assert layers["key"].layout == found["key"].layout == ("unpacked" if capable else "dense")
+    assert found["query"].basis == found["key"].basis == reason
+    assert (layers["value"].layout, found["value"].basis) == ("dense", "not measured here")
+    with sb.quantizing(model) as paths:
+        held = {layer.path: layer.layout for layer in sb.explain(model).layers}
+        assert set(paths) == {path for path in held if path.endswith((".query", ".key")) and not capable}
+        assert {held[path] for path in paths} == (set() if capable else {"float"})
+
+
+def test_quantizing_computes_as_int8_devices_do_and_holds_as_before_again():
+    model = tiny_model()
+    sb.compress_(model, INT8_BY_ROLE, layout="neutral")
+    expected = outputs(model)
+    first, second = (layer.attention.self for layer in model.bert.encoder.layer)
+    for layer in (first.query, first.key, second.key):
+        layer.prepare_("dense")
+    dense = outputs(model)
+    assert not torch.equal(dense, expected)
+    with sb.quantizing(model) as paths:
+        assert paths == [
+            f"bert.encoder.layer.{path}" for path in ("0.attention.self.query", "0.attention.self.key")
+        ] + ["bert.encoder.layer.1.attention.self.key"]
+        assert torch.equal(outputs(model), expected)
+        assert second.query.layout == first.value.layout == "neutral"
+    assert [layer.layout for layer in (first.query, first.key, second.key, second.query)] == ["dense"] * 3 + ["neutral"]
+    assert [layer.requested_layout for layer in (first.query, second.query)] == ["dense", "neutral"]
+    assert torch.equal(outputs(model), dense)
+    with pytest.raises(KeyError), sb.quantizing(model):
+        raise KeyError
+    assert torch.equal(outputs(model), dense)
+    with sb.quantizing(nn.Linear(4, 4)) as paths:
+        assert paths == []
+
+
 def test_tune_measures_records_and_decides(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path))
     model = tiny_model()
@@ -334,8 +395,9 @@ def test_one_shot_with_every_format(name):
     layers = [model.get_submodule(x.path) for x in report.layers]
     for layout in ("auto", "neutral", "dense"):
         sb.prepare_(model, layout)
-        assert all(layer.layout == layout for layer in layers) or layout == "auto"
-        if layout == "dense" or name in FLOAT_CONFIGS:
+        held = {layer.layout for layer in layers}
+        assert held == {layout} or layout == "auto"
+        if held == {"dense"} or name in FLOAT_CONFIGS:
             close(outputs(model), outputs(dense))
         else:
             # Rounding x is no rounding of floats; but all layouts round alike.
@@ -363,7 +425,8 @@ def test_kept_energy_is_that_of_the_nearest_weight(name):
 INNER = {
     **{name: CONFIGS[name] for name in FLOAT_CONFIGS if name != "low-rank:0.5"},
     "int8": sb.Int8Config(),
-    "dense": None,
+    "dense": sb.DenseConfig(),
+    "left dense": None,
 }
 
 
@@ -385,10 +448,6 @@ def test_columns_that_are_dropped_shrink_both_layers(family, inner):
         assert not second_twin.module.weight[:, dropped].any()
         norms = second_old.module.weight.square().sum(0)
         assert norms[columns].min() >= norms[dropped].max()
-        if INNER[inner] is None:
-            assert not second.module.compact_input and second.module.in_features == 64
-            assert type(first.module) is nn.Linear and first.module.out_features == 64 * halves
-            continue
         assert second.module.compact_input and second.module.in_features == first.module.out_features // halves == 32
         assert torch.equal(first.module.kept_rows.long(), torch.cat([columns + 64 * half for half in range(halves)]))
         found = quantization_config(model)["layers"]
@@ -403,6 +462,98 @@ def test_columns_that_are_dropped_shrink_both_layers(family, inner):
     close(outputs(model), outputs(twin))
     saved = sum(t.nbytes for layer in find_layers(model) for t in layer.module.state_dict().values())
     assert report.size.encoder.disk == saved
+
+
+OUTPUT_ALONE = {"output": sb.NMConfig(2, 4, columns=0.5)}
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "modernbert"])
+@pytest.mark.parametrize("how", ["not selected", "left by the selection", "not in the plan"])
+def test_a_layer_left_dense_loses_the_rows_that_nobody_reads(family, how):
+    """The function is that of the model whose output gathers from a whole intermediate layer."""
+    model = tiny_model(family).double()
+    gathered = copy.deepcopy(model)
+    inner = [first.path for first, _ in feed_forward_pairs(model)]
+    ignored = sb.compress_(gathered, OUTPUT_ALONE, ignore=inner)
+    assert {path: ignored.skipped[path] for path in inner} == {path: f"ignored by {path!r}" for path in inner}
+    for first, second in feed_forward_pairs(gathered):
+        assert type(first.module) is nn.Linear and not second.module.compact_input
+    selection = OUTPUT_ALONE
+    if how == "left by the selection":
+        selection = {**OUTPUT_ALONE, "intermediate": None}
+    elif how == "not in the plan":
+        model = sb.decompress_(copy.deepcopy(gathered))
+        selection = sb.CompressionPlan(dict.fromkeys((x.path for x in ignored.layers), OUTPUT_ALONE["output"]))
+    weights = {path: model.get_submodule(path).weight.clone() for path in inner}
+    report = sb.compress_(model, selection)
+    assert not report.skipped.keys() & set(inner)
+    assert {x.path: x.config for x in report.layers if x.role == "intermediate"} == dict.fromkeys(inner, "dense")
+    halves = 2 if family == "modernbert" else 1
+    sizes = {x.path: x.bytes for x in report.size.layers}
+    for first, second in feed_forward_pairs(model):
+        rows = first.module.kept_rows.long()
+        assert type(first.module) is DenseLinear and second.module.compact_input
+        assert first.module.description == f"dense, {32 * halves} of {64 * halves} rows"
+        assert torch.equal(first.module.neutral()[0], weights[first.path][rows])
+        a_row = 32 * 8 + 8 * (first.module.bias is not None)
+        assert sizes[first.path] == Bytes(64 * halves * a_row, *[32 * halves * (a_row + 4)] * 2)
+    torch.testing.assert_close(outputs(model), outputs(gathered), rtol=1e-12, atol=1e-12)
+    assert (
+        report.size.encoder.disk < ignored.size.encoder.disk
+        and report.size.encoder.memory < ignored.size.encoder.memory
+    )
+    dense = sb.decompress_(copy.deepcopy(model))
+    for path in inner:
+        linear, rows = dense.get_submodule(path), model.get_submodule(path).kept_rows.long()
+        gone = torch.ones(64 * halves, dtype=torch.bool).index_fill_(0, rows, False)
+        assert type(linear) is nn.Linear and linear.weight.shape == weights[path].shape
+        assert not linear.weight[gone].any() and (linear.bias is None or not linear.bias[gone].any())
+    torch.testing.assert_close(outputs(dense), outputs(gathered), rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_left_dense_that_cannot_be_packed_keeps_its_rows():
+    class Special(nn.Linear):
+        pass
+
+    def of_another_class(model, layer):
+        layer.intermediate.dense.__class__ = Special
+
+    def with_a_hook(model, layer):
+        layer.intermediate.dense.register_forward_hook(lambda *_: None)
+
+    def with_a_weight_of_two(model, layer):
+        model.also = nn.Linear(32, 64)
+        model.also.weight = layer.intermediate.dense.weight
+
+    for change in (of_another_class, with_a_hook, with_a_weight_of_two):
+        model = tiny_model()
+        change(model, model.bert.encoder.layer[0])
+        expected = copy.deepcopy(model)
+        sb.compress_(expected, OUTPUT_ALONE, ignore=["*.intermediate.dense"])
+        report = sb.compress_(model, OUTPUT_ALONE)
+        (first, second), (other, _) = feed_forward_pairs(model)
+        assert isinstance(first.module, nn.Linear) and not second.module.compact_input
+        assert type(other.module) is DenseLinear and report.skipped[first.path] == "not selected"
+        close(outputs(model), outputs(expected))
+
+
+def test_a_layer_left_dense_with_nan_leaves_the_model_as_it_was():
+    model = tiny_model()
+    path = FFN.format(1, "intermediate")
+    model.get_submodule(path).weight.data.fill_(math.nan)
+    modules = list(map(id, model.modules()))
+    for spec in (OUTPUT_ALONE, sb.CompressionPlan({path: sb.DenseConfig()})):
+        with pytest.raises(ValueError, match=f"^{path}: weight holds nan in row 0, expected finite numbers"):
+            sb.compress_(model, spec)
+        assert list(map(id, model.modules())) == modules and not hasattr(model.config, "quantization_config")
+
+
+def test_a_weight_of_two_modules_is_in_no_plan():
+    model = tiny_model()
+    model.also = nn.Linear(32, 32)
+    model.also.weight = model.get_submodule(PATHS[0]).weight
+    with pytest.raises(ValueError, match=f"^{PATHS[0]}: weight is shared with {PATHS[0]}.weight and also.weight"):
+        sb.compress_(model, sb.CompressionPlan({PATHS[0]: sb.Int8Config()}))
 
 
 def test_a_pruned_model_with_columns_is_packed_as_it_is():

@@ -110,8 +110,9 @@ def run_all_formats(*, out: Path = DEFAULT_OUT, console: Console, quiet: bool = 
         for name, selection in ALL_FORMATS.items():
             packed[name] = copy.deepcopy(dense)
             entries[name] = compress(packed[name], selection, tokenizer, split, folders[name], progress, name)
-            with progress.step(f"{name}: embed the queries") as step:
+            with progress.step(f"{name}: embed the queries") as step, sb.quantizing(packed[name]) as held_dense:
                 queries[name] = embed(packed[name], task.queries, batch_size=EVALUATION_BATCH, progress=step.tick)
+            entries[name]["layers"]["quantized_for_quality"] = len(held_dense)
         reloaded = reload_fresh(folders, split, progress)
     timings = measure_latency({"dense": dense, **packed}, progress, LATENCY_SECONDS * (1 + len(packed)))
 
@@ -220,6 +221,7 @@ def render(result: dict[str, Any]) -> Group:
         f"Retrieval among {result['task']['held_out']} held-out docstrings. Encoder: its linear layers. Latency: the "
         "time of dense, and of the others as a multiple of it, measured in turns; above 1 is slower than dense.",
         f"{MIXED}: {_selection_text()}.",
+        *_quantized(result["formats"]),
         *_verdicts(result["formats"]),
         "No format was trained: methods that train win quality back, as `sparsebert demo` shows for 2:4.",
     ]
@@ -357,6 +359,16 @@ def _verdicts(formats: Sequence[dict[str, Any]]) -> list[str]:
             f"slower {', '.join(slower) or 'none'}."
         )
     return lines
+
+
+def _quantized(formats: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader of the int8 rows has to know where their quality and their latency are of two functions."""
+    if not any(entry["layers"]["quantized_for_quality"] for entry in formats[1:]):
+        return []
+    return [
+        "int8: quality of layers that quantize their inputs, as devices with int8 instructions compute; latency and "
+        "memory of layers held as dense, as here by default, which do not."
+    ]
 
 
 def _selection_text() -> str:

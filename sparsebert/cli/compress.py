@@ -18,6 +18,7 @@ from sparsebert.cli.common import Rendered, Report, few, megabytes, size_table, 
 from sparsebert.configs import (
     BitmapConfig,
     Config,
+    DenseConfig,
     Int8Config,
     LowRankConfig,
     LowRankSparseConfig,
@@ -168,10 +169,11 @@ def compress(
 
 def one_shot_method(configs: Iterable[Config]) -> str:
     """What compressing to ``configs`` without training does, in words: ``one-shot: magnitude``."""
-    return f"one-shot: {'; '.join(dict.fromkeys(_one_shot_step(config) for config in configs))}"
+    steps = dict.fromkeys(_one_shot_step(config) for config in configs if not isinstance(config, DenseConfig))
+    return f"one-shot: {'; '.join(steps) or 'nothing'}"
 
 
-def _one_shot_step(config: Config) -> str:
+def _one_shot_step(config: NMConfig | BitmapConfig | LowRankConfig | LowRankSparseConfig | Int8Config) -> str:
     if isinstance(config, NMConfig):
         return "magnitude" if config.columns is None else "columns by their norm, then magnitude"
     if isinstance(config, BitmapConfig):

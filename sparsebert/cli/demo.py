@@ -477,7 +477,8 @@ def serve_reload(request: Path, out: Path) -> None:
         def tick(done: int, _: int, before: int = before) -> None:
             print(before + done, total, flush=True)
 
-        queries, documents = Task.of(tokenizer, *texts).embed(model, tick)
+        with sb.quantizing(model):
+            queries, documents = Task.of(tokenizer, *texts).embed(model, tick)
         save_file({"queries": queries, "documents": documents}, out / f"{place}.safetensors")
         report = {"kernel": kernels_of(model), "sizes": sb.size_report(model).to_dict()}
         (out / f"{place}.json").write_text(json.dumps(report), encoding="utf-8")

@@ -63,6 +63,7 @@ def evaluate(
     """
     import torch
 
+    import sparsebert
     from sparsebert.bench.environment import device_label
     from sparsebert.bench.timing import measure_together
     from sparsebert.cli import models
@@ -88,12 +89,14 @@ def evaluate(
         loaded = models.load(source, device=where, dtype=None if dtype is None else getattr(torch, dtype))
         network = loaded.model
         length = cut_length(max_length, network.config, tokenizer, source.name)
-        if task == "classification":
-            _refuse_untrained(loaded.untrained, source.name)
-            outcome = _classify(network, tokenizer, rows, data or Path(), source.name, length, batch_size, report)
-        else:
-            _refuse_untrained([key for key in loaded.untrained if "pooler" not in key.split(".")], source.name)
-            outcome = _retrieve(network.base_model, tokenizer, rows, length, batch_size, report)
+        # Scores are those of the checkpoint and not of this device; times are of this device.
+        with sparsebert.quantizing(network) as held_dense:
+            if task == "classification":
+                _refuse_untrained(loaded.untrained, source.name)
+                outcome = _classify(network, tokenizer, rows, data or Path(), source.name, length, batch_size, report)
+            else:
+                _refuse_untrained([key for key in loaded.untrained if "pooler" not in key.split(".")], source.name)
+                outcome = _retrieve(network.base_model, tokenizer, rows, length, batch_size, report)
         outcomes.append(outcome)
         described.append(
             {
@@ -102,6 +105,7 @@ def evaluate(
                 "compressed": source.packed,
                 "formats": _formats(network),
                 "unpacked_layers": _unpacked(network),
+                "quantized_for_scores": len(held_dense),
                 "dtype": str(network.dtype).removeprefix("torch."),
                 "max_length": length,
                 "texts_cut": outcome.cut,
@@ -175,7 +179,12 @@ def render(result: dict[str, Any]) -> Rendered:
     if not result["on_gpu"] and any(entry["unpacked_layers"] for entry in entries):
         yield (
             "Packed layers that a CPU holds as dense compute with the unpacked weight: the zeros of a pattern or a "
-            "bitmap make a model smaller on disk there, not faster."
+            "bitmap, and int8 weights, make a model smaller on disk there, not faster."
+        )
+    if any(entry["quantized_for_scores"] for entry in entries):
+        yield (
+            "Scores are of int8 layers that quantize their inputs, as devices with int8 instructions compute; the "
+            "latency is of these layers held as dense, which does not."
         )
 
 
@@ -312,11 +321,11 @@ def _formats(network: Any) -> dict[str, int]:
 
 
 def _unpacked(network: Any) -> int:
-    """How many packed layers are held as the unpacked weight."""
+    """How many packed layers are held as the unpacked weight, which takes other memory than what is stored."""
     import sparsebert
 
     layers = sparsebert.size_report(network).layers
-    return sum(layer.layout == "dense" and layer.format != "dense" for layer in layers)
+    return sum(layer.layout == "dense" and layer.bytes.memory != layer.bytes.disk for layer in layers)
 
 
 def _what(entry: dict[str, Any]) -> str:

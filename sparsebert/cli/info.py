@@ -19,6 +19,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "low_rank": {"rank": 96},
     "low_rank_sparse": {"rank": 96, "sparse": "rows", "count": 76},
     "int8": {"activations": "dynamic"},
+    "dense": {},
 }
 EXAMPLE_TOKENS = 128
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -3,7 +3,7 @@
 n:m, bitmap and rows keep the largest weights, which is the projection. Low rank is the truncated SVD, which is the
 nearest too (Eckart and Young 1936). Low rank plus sparse first takes the low-rank part and then the projection of what
 is left, W = u v + S with S = P(W - u v), as LoSparse starts (Li et al., ICML 2023). Int8 leaves the weight as it is, or
-projects it on its pattern: rounding belongs to packing.
+projects it on its pattern: rounding belongs to packing. Dense leaves it as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsebert.configs import (
     BitmapConfig,
     Config,
+    DenseConfig,
     Int8Config,
     LowRankConfig,
     LowRankSparseConfig,
@@ -41,6 +42,8 @@ def approximate(weight: Tensor, config: Config, *, name: str = "weight") -> Appr
     ``ValueError`` naming the layer ``name`` where the weight holds NaN or infinities.
     """
     refuse_non_finite(weight, f"{name}: weight")
+    if isinstance(config, DenseConfig):
+        return Approximation(weight, {})
     if isinstance(config, NMConfig | BitmapConfig):
         return Approximation(_keep(weight, magnitude_mask(weight, config)), {})
     if isinstance(config, Int8Config):
@@ -79,6 +82,8 @@ def rank_of(config: LowRankConfig | LowRankSparseConfig, out_features: int, in_f
 
 def find_violation(weight: Tensor, config: Config, factors: dict[str, Tensor], *, name: str) -> str | None:
     """None, or what in ``weight`` or its ``factors`` breaks ``config``, in words that follow the layer's name."""
+    if isinstance(config, DenseConfig):
+        return None
     if isinstance(config, Int8Config):
         return None if config.weights is None else find_violation(weight, config.weights, {}, name=name)
     if isinstance(config, LowRankConfig | LowRankSparseConfig):

@@ -26,6 +26,7 @@ _APPROXIMATE = {
     "low_rank": "the weight was replaced by the product of two factors of the given rank.",
     "low_rank_sparse": "the weight was replaced by the product of two factors of the given rank plus a sparse part.",
     "int8": "each weight is rounded to a whole multiple, -127 to 127, of its output channel's scale.",
+    "dense": "nothing: the weights are stored as they are.",
 }
 # Mode of int8 activations -> what becomes of the inputs.
 _ACTIVATIONS = {
@@ -51,6 +52,8 @@ _HELD = {
     ("int8", "float"): "as integers in fp32 numbers, four bytes a weight, for a CPU without 8-bit products",
     ("int8", "dense"): "as the rounded weight in floats, beside what is on disk: more than a dense layer; their inputs "
     "are then not rounded",
+    ("dense", "neutral"): "as on disk",
+    ("dense", "dense"): "as on disk",
 }
 
 

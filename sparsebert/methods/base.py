@@ -8,7 +8,7 @@ is the user's::
     run.attach(optimizer)
     for inputs in batches:
         outputs = model(**inputs)
-        (outputs.loss + run.loss(outputs, inputs)).backward()
+        run.total_loss(outputs, inputs).backward()
         optimizer.step()
         optimizer.zero_grad()
     sb.compress_(model, run.finalize())
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsebert.configs import Config
+from sparsebert.formats.common import wide
 from sparsebert.plan import CompressionPlan, Selection, select
 
 
@@ -48,10 +49,14 @@ class Method(ABC):
 
 class Kind(NamedTuple):
     """One kind of tensor that a run keeps for each layer: its dtype (None: that of the weight) and whether it is a
-    single number, or of the weight's shape."""
+    single number, or of the weight's shape. ``wide``: the weight's dtype, but 32 bits where that has 16."""
 
     dtype: torch.dtype | None = None
     scalar: bool = False
+    wide: bool = False
+
+    def dtype_for(self, weight: Tensor) -> torch.dtype:
+        return wide(weight.dtype) if self.wide else self.dtype or weight.dtype
 
 
 class Run(ABC):
@@ -64,6 +69,8 @@ class Run(ABC):
     kinds: ClassVar[Mapping[str, Kind]] = {}
     # Whether training without ``loss`` would be another method: a step without it is then an error.
     needs_loss: bool = False
+    # Whether ``loss`` stands in place of the task's loss, instead of beside it.
+    replaces_task_loss: bool = False
 
     def __init__(self, model: nn.Module, selection: Selection, total_steps: int) -> None:
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
@@ -76,6 +83,7 @@ class Run(ABC):
         self.state: dict[str, dict[str, Tensor]] = {}
         self._handles: list[Any] = []
         self._loss_added = False
+        self._skips = False
 
     @property
     def method(self) -> str:
@@ -119,13 +127,35 @@ class Run(ABC):
             handle.remove()
         self._handles = []
 
-    def loss(self, outputs: Any, inputs: Any) -> Tensor:
-        """What the method adds to the task's loss: a scalar tensor, zero for methods that add nothing.
+    @property
+    def attached(self) -> bool:
+        """Whether the run is at work in an optimizer."""
+        return bool(self._handles)
 
-        ``outputs`` are the model's for ``inputs``, the mapping it was called with. Methods whose ``needs_loss`` is true
-        refuse an optimizer step for which this was not called.
+    def total_loss(self, outputs: Any, inputs: Any) -> Tensor:
+        """What to backpropagate: ``outputs.loss``, the task's, plus ``loss``, or ``loss`` alone where the method
+        replaces the task's.
+
+        ``outputs`` are the model's for ``inputs``, the mapping it was called with. Under autocast call it inside, as
+        the model. ``ValueError`` where the outputs have no loss: add ``loss`` to yours then.
+        """
+        added = self.loss(outputs, inputs)
+        if self.replaces_task_loss:
+            return added
+        if (task := getattr(outputs, "loss", None)) is None:
+            raise ValueError(f"{self.method}: the outputs have no loss; call the model with labels, or add run.loss")
+        return task + added
+
+    def loss(self, outputs: Any, inputs: Any) -> Tensor:
+        """The method's part of ``total_loss``: a scalar tensor, zero for methods that add nothing.
+
+        Methods whose ``needs_loss`` is true refuse an optimizer step for which this was not called. One that replaces
+        the task's loss refuses that gradients come through ``outputs.loss``.
         """
         self._loss_added = True
+        task = getattr(outputs, "loss", None)
+        if self.replaces_task_loss and isinstance(task, Tensor) and task.requires_grad:
+            task.register_hook(self._refuse_task_loss)
         return self.added_loss(outputs, inputs)
 
     def added_loss(self, outputs: Any, inputs: Any) -> Tensor:
@@ -195,9 +225,9 @@ class Run(ABC):
 
     def new_state(self, kind: str) -> dict[str, Tensor]:
         """Zeros of this kind for every layer, kept as state from now on."""
-        dtype, scalar = self.kinds[kind]
+        wanted = self.kinds[kind]
         self.state[kind] = {
-            path: torch.zeros((() if scalar else w.shape), dtype=dtype or w.dtype, device=w.device)
+            path: torch.zeros((() if wanted.scalar else w.shape), dtype=wanted.dtype_for(w), device=w.device)
             for path, w in ((path, self.weight(path).detach()) for path in self.configs)
         }
         return self.state[kind]
@@ -217,25 +247,44 @@ class Run(ABC):
 
     def _check(self, kind: str, path: str, tensor: Tensor) -> None:
         weight = self.weight(path)
-        dtype, scalar = self.kinds[kind]
-        shape = () if scalar else tuple(weight.shape)
-        if tuple(tensor.shape) != shape or tensor.dtype != (dtype or weight.dtype):
+        wanted = self.kinds[kind]
+        dtype, shape = wanted.dtype_for(weight), () if wanted.scalar else tuple(weight.shape)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(
-                f"{self.method}: {path}: {kind} is {tensor.dtype} {tuple(tensor.shape)}, expected "
-                f"{dtype or weight.dtype} {shape}"
+                f"{self.method}: {path}: {kind} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}"
             )
+
+    def _refuse_task_loss(self, gradient: Tensor) -> None:
+        raise RuntimeError(
+            f"{self.method}: outputs.loss was backpropagated, but this method replaces the task's loss; backpropagate "
+            f"run.total_loss(outputs, inputs) alone"
+        )
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer) -> None:
         if self.needs_loss and not self._loss_added:
             raise RuntimeError(
-                f"{self.method}: run.loss(outputs, inputs) was not added to the loss of this step; add it in the loop, "
-                f"or train with sparsebert.hf.CompressionTrainer"
+                f"{self.method}: the method's loss was not part of this step; backpropagate "
+                f"run.total_loss(outputs, inputs) in the loop, or train with sparsebert.hf.CompressionTrainer in place "
+                f"of the Trainer"
             )
+        # A fused optimizer is called also for a step that a loss scaler skips, and with gradients that are still
+        # scaled where nobody has unscaled them to clip.
+        found = getattr(optimizer, "found_inf", None)
+        self._skips = found is not None and bool(found)
+        if self._skips:
+            return
         self._loss_added = False
+        if (scale := getattr(optimizer, "grad_scale", None)) is not None:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale.to(parameter.grad.device))
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
         self.before_step(optimizer)
 
     @torch.no_grad()
     def _after(self) -> None:
+        if self._skips:
+            return
         self.step += 1
         self.after_step()

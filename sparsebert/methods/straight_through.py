@@ -7,15 +7,15 @@ is dL/d(M * W), at every entry: the straight-through estimate of dL/dW.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def hide_(weight: Tensor, mask: Tensor, hidden: Tensor) -> None:
-    """Dense ``weight`` -> M * W in place; ``hidden`` takes (1 - M) * W."""
-    # By products and differences, which are exact here and take a fifth of the time of masked copies.
-    hidden.copy_(weight)
-    weight.mul_(mask)
-    hidden.sub_(weight)
+    """Dense ``weight`` -> M * W in place; ``hidden`` takes (1 - M) * W. Finite weights."""
+    # W - W is +0.0 where W * 0 may be -0.0, and both passes are twice as fast as where and masked_fill on a CPU.
+    torch.mul(weight, mask.logical_not(), out=hidden)
+    weight.sub_(hidden)
 
 
 def reveal_(weight: Tensor, hidden: Tensor) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from sparsebert.nn.bitmap_linear import BitmapLinear
-from sparsebert.nn.int8_linear import Int8Linear
+from sparsebert.nn.dense_linear import DenseLinear
+from sparsebert.nn.int8_linear import Int8Linear, quantizing
 from sparsebert.nn.low_rank_linear import LowRankLinear
 from sparsebert.nn.low_rank_sparse_linear import LowRankSparseLinear
 from sparsebert.nn.nm_linear import NMLinear
@@ -16,17 +17,20 @@ from sparsebert.nn.packed_linear import PackedLinear
 __all__ = [
     "MODULES",
     "BitmapLinear",
+    "DenseLinear",
     "Int8Linear",
     "LowRankLinear",
     "LowRankSparseLinear",
     "NMLinear",
     "PackedLinear",
     "module_from_entry",
+    "quantizing",
 ]
 
 # format name in a plan or a layer map -> the module that holds it
 MODULES: dict[str, type[PackedLinear]] = {
-    module.format: module for module in (NMLinear, BitmapLinear, LowRankLinear, LowRankSparseLinear, Int8Linear)
+    module.format: module
+    for module in (NMLinear, BitmapLinear, LowRankLinear, LowRankSparseLinear, Int8Linear, DenseLinear)
 }
 
 

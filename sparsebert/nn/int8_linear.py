@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsebert.configs import ACTIVATION_MODES, Int8Config, NMConfig
 from sparsebert.formats import int8, nm
 from sparsebert.nn.packed_linear import PackedLinear, read_int
 from sparsebert.ops import int8 as op
+from sparsebert.ops import layout_choice
 from sparsebert.ops.activations import activate
+from sparsebert.ops.layouts import DENSE
 from sparsebert.ops.specs import Int8Spec
 
 
@@ -21,8 +24,10 @@ class Int8Linear(PackedLinear):
     fp32 ``(out)``, and ``input_scale`` fp32 ``()`` where ``activations`` is ``static`` (``sparsebert.formats.int8``).
 
     A static layer is made without an input scale, and refuses to compute until ``sparsebert.calibrate`` has measured
-    one or a state dict has brought one. Scales stay in fp32 whatever the module is cast to. The layout ``dense``
-    computes with s_w Q_w and does not quantize x.
+    one or a state dict has brought one. Scales stay in fp32 whatever the module is cast to.
+
+    The layout ``dense`` computes with s_w Q_w and *does not quantize x*. It is what ``auto`` means on a CPU without
+    int8 instructions, where exact int8 sums take longer than a dense matmul; ``quantizing`` holds another for a while.
     """
 
     format = Int8Config.format
@@ -157,3 +162,24 @@ class Int8Linear(PackedLinear):
     def _recast(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Int8Spec, Sequence[Tensor]]:
         # Integers and scales do not follow the model's dtype; x may come in any.
         return self.spec, tensors
+
+
+@contextmanager
+def quantizing(model: nn.Module) -> Iterator[list[str]]:
+    """Inside, the int8 layers of ``model`` that are held ``dense`` are held in a layout that quantizes x, so that the
+    model computes what it does on a device with int8 instructions; afterwards as they were asked for before.
+
+    Gives the paths of these layers. For measuring quality: in time such a layout loses where ``auto`` is ``dense``.
+    """
+    found = [
+        (path, module, module.requested_layout)
+        for path, module in model.named_modules()
+        if isinstance(module, Int8Linear) and module.layout == DENSE
+    ]
+    try:
+        for _, module, _ in found:
+            module.prepare_(layout_choice.quantizing(module.spec, module.dtype, module.device))
+        yield [path for path, _, _ in found]
+    finally:
+        for _, module, requested in found:
+            module.prepare_(requested)

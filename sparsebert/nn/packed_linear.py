@@ -43,6 +43,8 @@ class PackedLinear(nn.Module, ABC):
     """
 
     format: ClassVar[str]
+    # Layouts whose first tensor is the dense weight, for which torch's own linear is all there is to run.
+    plain_layouts: ClassVar[tuple[str, ...]] = (DENSE,)
 
     bias: nn.Parameter | None
     columns: Tensor | None
@@ -295,8 +297,8 @@ class PackedLinear(nn.Module, ABC):
         activation = self.activation
         if self.columns is not None and not self.compact_input:
             x = x.index_select(-1, self.columns)
-        if self.layout == DENSE and not select.may_be_forced():
-            # This layout is torch's own linear: called directly it costs no op overhead, and compilers can fuse it.
+        if self.layout in self.plain_layouts and not select.may_be_forced():
+            # Called directly, torch's own linear costs no op overhead, and compilers can fuse it.
             weight = self._tensor(self._names[0])
             if not weight.requires_grad:
                 return activate(F.linear(x, weight, self.bias), activation)

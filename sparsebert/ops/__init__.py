@@ -11,6 +11,7 @@ import torch
 
 from sparsebert.ops import linear, specs, torch_sparse  # noqa: F401 (adds its layouts and candidates)
 from sparsebert.ops.bitmap import bitmap_linear
+from sparsebert.ops.dense import dense_linear
 from sparsebert.ops.int8 import define_quantize_rows, int8_linear, quantize_rows
 from sparsebert.ops.low_rank import low_rank_linear
 from sparsebert.ops.low_rank_sparse import low_rank_sparse_linear
@@ -18,6 +19,7 @@ from sparsebert.ops.nm import nm_linear
 
 __all__ = [
     "bitmap_linear",
+    "dense_linear",
     "int8_linear",
     "low_rank_linear",
     "low_rank_sparse_linear",

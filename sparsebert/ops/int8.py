@@ -7,8 +7,8 @@ dtype. See ``ops.linear`` for the rest of the contract. Rounding has no useful d
 straight through it, dL/dx = dL/dy (s_w Q_w).
 
 Layouts besides ``neutral``: ``unpacked`` (n:m weights) holds the int8 weight with its zeros, for int8 matmuls;
-``float`` (CPU) holds the integers as fp32 numbers, for CPUs whose int8 matmul is slower than their fp32 one; ``dense``
-holds s_w Q_w beside the neutral tensors and *does not quantize x*.
+``float`` (CPU) holds the integers as fp32 numbers, the quickest exact way on a CPU without int8 instructions; ``dense``
+holds s_w Q_w beside the neutral tensors and *does not quantize x*, which is quicker still there.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from sparsebert.ops import int8, layouts, measurements
-from sparsebert.ops.specs import Spec
+from sparsebert.ops.specs import Int8Spec, Spec
 
 # Without a measurement, the first that the device can hold, by op and kind of device; else neutral, which stays small.
 # n:m and bitmap weights have no arithmetic of their own on a CPU, so there it is the dense copy.
@@ -17,8 +17,14 @@ _DEFAULTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("bitmap_linear", "cpu"): ("dense",),
     ("low_rank_sparse_linear", "cpu"): ("stacked", "dense"),
     ("low_rank_sparse_linear", "cuda"): ("stacked",),
+    ("int8_linear", "cpu"): ("unpacked",),
     ("int8_linear", "cuda"): ("unpacked",),
 }
+_NOT_MEASURED = "not measured here"
+_NO_INT8 = (
+    f"{_NOT_MEASURED}; this CPU has no int8 instructions, and exact int8 sums take longer there than a dense matmul; "
+    f"x is then not quantized"
+)
 
 
 class Choice(NamedTuple):
@@ -51,13 +57,23 @@ def best(spec: Spec, dtype: torch.dtype, device: torch.device) -> Choice:
         return Choice("neutral", "default", "a meta tensor has no kernel")
     if (measured := measurements.fastest_layout(spec, dtype, device)) is not None:
         return Choice(measured.layout, "measured", measured.reason)
-    for name in _defaults(spec, device):
+    if spec.op == int8.OP and _without_int8(device):
+        return Choice("dense", "default", _NO_INT8)
+    return Choice(_default(spec, dtype, device), "default", _NOT_MEASURED)
+
+
+def quantizing(spec: Int8Spec, dtype: torch.dtype, device: torch.device) -> str:
+    """The layout of an int8 weight that is best for computing what a device with int8 instructions does, x quantized,
+    where this one may have none."""
+    return int8.FLOATS if _without_int8(device) else _default(spec, dtype, device)
+
+
+def _default(spec: Spec, dtype: torch.dtype, device: torch.device) -> str:
+    for name in _DEFAULTS.get((spec.op, device.type), ()):
         if layouts.get(spec.op, name).supports(spec, dtype, device) is None:
-            return Choice(name, "default", "not measured here")
-    return Choice("neutral", "default", "not measured here")
+            return name
+    return "neutral"
 
 
-def _defaults(spec: Spec, device: torch.device) -> tuple[str, ...]:
-    if (spec.op, device.type) == ("int8_linear", "cpu"):
-        return ("unpacked",) if int8.cpu_has_int8() else ("float",)
-    return _DEFAULTS.get((spec.op, device.type), ())
+def _without_int8(device: torch.device) -> bool:
+    return device.type == "cpu" and not int8.cpu_has_int8()

@@ -19,13 +19,18 @@ def always(problem: Problem) -> None:
 def unpacked(op: str, layout: str) -> Candidate:
     """The reference of a layout by its dense weight."""
     if layout == layouts.DENSE:
-        return Candidate(op, layout, "reference", "torch's linear on the unpacked weight", always, _dense)
+        return plain(op, layout)
 
     def run(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
         dense = layouts.get(op, layout).to_dense(weight, problem.spec, x.dtype)
         return activate(F.linear(x, dense, bias), problem.activation)
 
     return Candidate(op, layout, "reference", "unpacks on every call, then torch's linear", always, run)
+
+
+def plain(op: str, layout: str) -> Candidate:
+    """The reference of a layout whose first tensor is the dense weight."""
+    return Candidate(op, layout, "reference", "torch's linear on the unpacked weight", always, _dense)
 
 
 def _dense(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:

@@ -104,11 +104,27 @@ class Int8Spec(NamedTuple):
         return f"int8 {self.activations}" + ("" if self.m == 1 else f" {self.n}:{self.m}")
 
 
-Spec = NMSpec | BitmapSpec | LowRankSpec | LowRankSparseSpec | Int8Spec
+class DenseSpec(NamedTuple):
+    """A dense weight."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def op(self) -> str:
+        return "dense_linear"
+
+    @property
+    def label(self) -> str:
+        return "dense"
+
+
+Spec = NMSpec | BitmapSpec | LowRankSpec | LowRankSparseSpec | Int8Spec | DenseSpec
 SPECS: dict[str, type[Spec]] = {
     "nm_linear": NMSpec,
     "bitmap_linear": BitmapSpec,
     "low_rank_linear": LowRankSpec,
     "low_rank_sparse_linear": LowRankSparseSpec,
     "int8_linear": Int8Spec,
+    "dense_linear": DenseSpec,
 }

@@ -15,6 +15,7 @@ import sparsebert as sb
 from sparsebert.bench.docstrings import Pair, Split
 from sparsebert.cli import all_formats, demo
 from sparsebert.cli.app import app
+from sparsebert.ops.int8 import cpu_has_int8
 
 pytest.importorskip("matplotlib")
 
@@ -61,6 +62,8 @@ def test_all_formats_goes_through_every_one_of_them(stub):
         assert all(x["ratio"] > 0 for x in entry["latency"])
         assert (entry["calibration"] is not None) == ("static" in entry["name"])
         assert entry["name"] in said
+        int8_layers = (6 - 4) * (entry["name"] == "mixed") + 12 * entry["name"].startswith("int8")
+        assert entry["layers"]["quantized_for_quality"] == (0 if cpu_has_int8() else int8_layers)
     mixed = data["formats"][-1]
     assert mixed["method"] == "one-shot: magnitude; rounding"
     assert (mixed["layers"]["packed"], len(mixed["layers"]["left_dense"])) == (6, 6)
@@ -68,6 +71,7 @@ def test_all_formats_goes_through_every_one_of_them(stub):
     assert mixed["selection"]["*.layer.0.*"] == "dense"
     for words in ("no training", "beyond noise: faster than dense", "No format was trained", "all-formats.png"):
         assert words in said
+    assert ("int8: quality of layers that quantize their inputs" in said) == (not cpu_has_int8())
     # The checkpoints are gone.
     assert sorted(file.name for file in stub.iterdir()) == ["all-formats.json", "all-formats.png"]
     assert (stub / "all-formats.png").read_bytes()[:4] == b"\x89PNG"
@@ -79,7 +83,8 @@ def test_a_reload_that_differs_fails_after_writing_the_data(stub, monkeypatch):
     def spoilt(folders, split, progress):
         model = sb.load_pretrained(folders["int8"])
         task = demo.Task.of(AutoTokenizer.from_pretrained(folders["int8"]), *demo.held_out_texts(split))
-        queries, documents = task.embed(model, lambda done, total: None)
+        with sb.quantizing(model):
+            queries, documents = task.embed(model, lambda done, total: None)
         queries[0, 0] += 1
         return {"int8": demo.Reloaded(queries, documents, "", sb.size_report(model).to_dict())}
 

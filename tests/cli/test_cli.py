@@ -21,6 +21,8 @@ from sparsebert.bench import docstrings
 from sparsebert.bench.retrieval import Texts, embed, score
 from sparsebert.cli import common, evaluate, models
 from sparsebert.cli.app import app
+from sparsebert.nn import Int8Linear
+from sparsebert.ops import int8
 from sparsebert.tuning import tune
 
 WORDS = "red green blue good bad fine poor cat dog bird sat ran flew on under the a mat tree house".split()
@@ -306,6 +308,7 @@ FORMATS = {
     "int8": {"int8 dynamic"},
     "int8-static": {"int8 static"},
     "int8+2:4": {"int8 dynamic 2:4"},
+    "dense": {"dense"},
 }
 METHODS = {
     "2:4": "one-shot: magnitude",
@@ -314,6 +317,7 @@ METHODS = {
     "low-rank:0.25+rows:0.125": "one-shot: truncated SVD, then magnitude on what it leaves",
     "int8-static": "one-shot: rounding",
     "int8+2:4": "one-shot: magnitude, then rounding",
+    "dense": "one-shot: nothing",
 }
 
 
@@ -342,16 +346,57 @@ def test_every_format_goes_through_compress_info_eval_and_tune(classifier, label
     assert (entry["compressed"], entry["formats"]) == (True, found["formats"])
     model, tokenizer = sb.load_pretrained(out), AutoTokenizer.from_pretrained(out)
     rows = [line.split("\t") for line in labelled.read_text().splitlines()[1:]]
-    with torch.inference_mode():
+    with torch.inference_mode(), sb.quantizing(model) as held_dense:
         right = [
             int(model(**tokenizer(*pair, return_tensors="pt")).logits.argmax()) == int(label) for label, *pair in rows
         ]
     assert entry["scores"]["accuracy"] == pytest.approx(sum(right) / len(rows))
+    assert entry["quantized_for_scores"] == len(held_dense)
     assert entry["unpacked_layers"] == sum(layer.layout == "dense" for layer in sb.size_report(model).layers)
 
     said = text("tune", out, "--tokens", "2", "--device", "cpu")
     assert sum(int(count) for count in re.findall(r"(\d+) layers held as", said)) == ENCODER_LINEARS
     assert "only low rank, dropped columns and int8 can be faster" in said
+
+
+def test_a_layer_left_dense_loses_the_rows_that_nobody_reads(classifier, labelled, tmp_path):
+    out, gathered = tmp_path / "out", tmp_path / "gathered"
+    done = result_of("compress", classifier, out, "--layer", "output=2:4@0.5", "--layer", "intermediate=dense")
+    assert done["formats"] == {"output": {"2:4@0.5": 2}, "intermediate": {"dense": 2}}
+    assert done["method"] == "one-shot: columns by their norm, then magnitude"
+    found = result_of("info", out)
+    assert found["formats"] == {"dense": 8, "dense, 32 of 64 rows": 2, "2:4 in 32 of 64 columns": 2}
+    assert found["size"]["encoder"] | {"memory_bytes": 0} == done["size"]["encoder"] | {"memory_bytes": 0}
+    assert "`dense` in 32 of 64 rows, float32: 2 intermediate" in (out / "README.md").read_text()
+    options = ["--layer", "output=2:4@0.5", "--ignore", "*.intermediate.dense"]
+    assert "intermediate" not in result_of("compress", classifier, gathered, *options)["formats"]
+    result = result_of("eval", out, "--data", labelled, "--compare", gathered)
+    assert result["agreement"] == 1 and result["models"][0]["scores"] == result["models"][1]["scores"]
+    # Those of the layers that a CPU holds as the dense weight of a pattern.
+    assert result["models"][0]["unpacked_layers"] == 2
+
+
+def test_eval_scores_int8_as_devices_for_it_compute_and_times_it_as_it_is_held(
+    classifier, labelled, tmp_path, monkeypatch
+):
+    pytest.importorskip("sklearn")
+    out, asked = tmp_path / "out", []
+    text("compress", classifier, out, "--format", "int8")
+    forward = Int8Linear.forward
+
+    def watched(self, x):
+        asked.append(self.layout)
+        return forward(self, x)
+
+    monkeypatch.setattr(Int8Linear, "forward", watched)
+    monkeypatch.setattr(evaluate, "TIMING_SECONDS", 1e-3)
+    for capable in (False, True):
+        monkeypatch.setattr(int8, "cpu_has_int8", lambda capable=capable: capable)
+        asked.clear()
+        said = text("eval", out, "--data", labelled)
+        assert asked[0] == ("neutral" if capable else "float")
+        assert asked[-1] == ("neutral" if capable else "dense")
+        assert ("Scores are of int8 layers that quantize their inputs" in said) == (not capable)
 
 
 def test_compress_says_which_formats_and_methods_it_mixed(classifier, labelled, tmp_path):
@@ -659,7 +704,7 @@ def test_info_describes_the_machine():
     assert found["environment"]["torch"] == torch.__version__
     assert set(found["backends"]) == {"cuda", "triton", "torch", "reference"}
     layouts = {(entry["op"], entry["layout"]): entry for entry in found["layouts"]}
-    ops = {"nm_linear", "bitmap_linear", "low_rank_linear", "low_rank_sparse_linear", "int8_linear"}
+    ops = {"nm_linear", "bitmap_linear", "low_rank_linear", "low_rank_sparse_linear", "int8_linear", "dense_linear"}
     assert {op for op, _ in layouts} == ops
     assert all(layouts[op, name]["refused"] is None for op in ops for name in ("neutral", "dense"))
     assert all(entry["kernels"] for entry in found["layouts"])

@@ -86,7 +86,9 @@ def test_modules_move_there_and_back(kind):
         assert torch.equal(tensor, state[name]), name
 
 
-@pytest.mark.parametrize("kind", ["nm-2:4", "bitmap-5%", "low-rank", "rows", "int8", "int8-static", "int8+2:4"])
+@pytest.mark.parametrize(
+    "kind", ["nm-2:4", "bitmap-5%", "low-rank", "rows", "int8", "int8+2:4", "int8-static", "dense"]
+)
 def test_can_be_captured_in_a_graph(kind):
     made = make(kind, torch.float16, out=OUT)
     linear = linear_of(made)

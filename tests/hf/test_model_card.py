@@ -114,6 +114,11 @@ FORMATS = {
         "`int8` dynamic 2:4, float32: 2 key",
         "Where a pattern is given, the weights outside it are zero.",
     ),
+    "dense": (
+        {"intermediate": sb.DenseConfig(), "query": None},
+        "`dense`, float32: 2 intermediate",
+        "nothing: the weights are stored as they are.",
+    ),
     "int8 static": (
         {"key": sb.Int8Config("static")},
         "`int8` static, float32: 2 key",
@@ -150,6 +155,7 @@ def test_no_format_is_forgotten():
         (sb.NMConfig(2, 4), "dense", "as the unpacked weight, the size of a dense layer"),
         (sb.NMConfig(2, 4), "neutral", "as on disk; where no kernel reads that, they are unpacked in every call"),
         (sb.BitmapConfig(0.1), "dense", "as the unpacked weight, the size of a dense layer"),
+        (sb.DenseConfig(), "neutral", "as on disk"),
         (sb.LowRankConfig(rank=4), "auto", "as on disk: the factors, which are multiplied with as they are"),
         (sb.LowRankConfig(rank=4), "dense", "as the product of the factors, beside them: more than a dense layer"),
         (

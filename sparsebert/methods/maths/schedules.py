@@ -102,6 +102,63 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Updates:
+    """A cubic descent in about ``updates`` equal parts of the training, as SparseBERT's code counts them.
+
+    With t the step, T = ``total_steps`` - ``end``, f = max(1, round(T / updates)) (half to even), C = T // f and
+    c = min(t // f, C)::
+
+        r(t) = 1 - (1 - final) (1 - (1 - c / C)^3)
+
+    Masks are renewed when t is a multiple of f, up to C f. That makes C updates, which is ``updates`` only about: 124
+    for T = 249, 102 for T = 1234, and T itself for fewer steps than half of ``updates``, where the published code
+    divides by zero. It also leaves out an update that falls on the last step; here the last one always comes, so that
+    ``final`` is reached. ``end``: steps after the descent, at ``final``; the published schedule has none.
+    """
+
+    final: float
+    total_steps: int
+    updates: int = 100
+    end: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.final <= 1:
+            raise ValueError(f"schedule: final fraction is {self.final}, expected above 0 and at most 1")
+        if self.updates < 1 or self.end < 0:
+            raise ValueError(
+                f"schedule: updates is {self.updates} and end {self.end} steps, expected at least 1 and at least 0"
+            )
+        if self.end >= self.total_steps:
+            raise ValueError(
+                f"schedule: the end takes {self.end} steps, expected fewer than the {self.total_steps} of the training"
+            )
+
+    @property
+    def every(self) -> int:
+        """f, the steps from one update to the next."""
+        return max(1, round((self.total_steps - self.end) / self.updates))
+
+    @property
+    def count(self) -> int:
+        """C, how many updates there are."""
+        return (self.total_steps - self.end) // self.every
+
+    @property
+    def last(self) -> int:
+        """The step of the last update: from there on ``final`` is kept."""
+        return self.count * self.every
+
+    def remaining(self, step: int) -> float:
+        if step >= self.last:
+            return self.final
+        return 1 - (1 - self.final) * (1 - (1 - step // self.every / self.count) ** 3)
+
+    def due(self, step: int) -> bool:
+        """Whether masks are renewed after this step."""
+        return 0 < step <= self.last and step % self.every == 0
+
+
+@dataclass(frozen=True)
 class Linear:
     """A number that falls from ``first`` to 0 in ``steps`` steps and stays there: p(t) = first max(0, 1 - t / steps)"""
 
