@@ -351,9 +351,9 @@ def test_padding_has_no_class():
     run.attach(optimizer_of(model))
     model(**INPUTS)
     ours, theirs = torch.randn(2, 7, 2), torch.randn(2, 7, 2)
-    run.teacher = nn.Module()
-    run.teacher.forward = lambda **_: type("Answer", (), {"logits": theirs})
-    run._teacher.model = run.teacher
+    stand_in = nn.Module()
+    stand_in.forward = lambda **_: type("Answer", (), {"logits": theirs})
+    run.teacher.model = run.teacher._capture.model = stand_in
     value = run.loss(type("Outputs", (), {"logits": ours}), INPUTS)
     target = theirs.softmax(-1)[MASK.bool()]
     assert len(target) == 12

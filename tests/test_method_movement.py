@@ -365,8 +365,8 @@ def test_adam_step_is_torchs():
     [
         ({"start": 3, "end": 2}, 5, "start and end take 3 \\+ 2 steps, expected fewer than the 5"),
         ({}, 1, "start and end take 1 \\+ 0 steps, expected fewer than the 1"),
-        ({"every": 0}, 5, "every is 0 steps"),
-        ({"end": -1}, 5, "end is -1 steps"),
+        ({"every": 0}, 5, "every is 0"),
+        ({"end": -1}, 5, "end is -1"),
     ],
 )
 def test_schedules_that_do_not_fit(options, steps, message):

@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from sparsebert.hf.checkpoint import save_pretrained as save_pretrained
     from sparsebert.hf.quantizer import SparsebertConfig as SparsebertConfig
     from sparsebert.hf.quantizer import SparsebertHfQuantizer as SparsebertHfQuantizer
+    from sparsebert.hf.trainer import CompressionTrainer as CompressionTrainer
+    from sparsebert.hf.trainer import CompressionTrainerMixin as CompressionTrainerMixin
 
 # Public name -> module that defines it; loaded on first use, since the Trainer's imports take seconds.
 _NAMES = {
     "CompressionCallback": "sparsebert.hf.callback",
+    "CompressionTrainer": "sparsebert.hf.trainer",
+    "CompressionTrainerMixin": "sparsebert.hf.trainer",
     "SparsebertConfig": "sparsebert.hf.quantizer",
     "SparsebertHfQuantizer": "sparsebert.hf.quantizer",
     "load_pretrained": "sparsebert.hf.checkpoint",

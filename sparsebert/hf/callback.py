@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _NAME = "compression_state"
 _FORMAT_VERSION = 1
+# What the names of logged metrics begin with.
+METRICS = "compression/"
 # How a tensor is written inside the JSON part.
 _TENSOR = "$tensor"
 _MAX_JSON_BYTES = 64 << 20
@@ -36,7 +38,11 @@ class CompressionCallback(TrainerCallback):
     outside of the Trainer's output folder; the Trainer does not tell its callbacks. ``ValueError`` where a resumed
     training finds no state of its own, since it would go on with other masks.
 
-    A term that the method adds to the loss (``run.loss``) is not added here: a callback cannot reach the loss.
+    Every log gets ``run.metrics()``, as ``compression/sparsity`` and so on, while the run is at work. The loggers that
+    ``report_to`` names come before this callback; with ``CompressionTrainer`` they get it too.
+
+    A loss that the method adds (``run.loss``) is not added here, since a callback cannot reach the loss: for a method
+    that trains by one, take ``CompressionTrainer``. With a plain Trainer its first step is a ``RuntimeError``.
     """
 
     def __init__(self, run: Run, *, resume_from: str | os.PathLike[str] | None = None) -> None:
@@ -55,9 +61,37 @@ class CompressionCallback(TrainerCallback):
             self.run.load_state_dict(load_run_state(self._resumed_folder(args, state)))
         if optimizer is None:
             raise ValueError("CompressionCallback: the Trainer has no optimizer when training begins")
+        if state.max_steps != self.run.total_steps:
+            logger.warning(
+                "the Trainer makes %d optimizer steps, but the run was prepared for %d",
+                state.max_steps,
+                self.run.total_steps,
+            )
         # A second train() comes with another wrapper or another optimizer.
         self.run.detach()
         self.run.attach(optimizer)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or any(name.startswith(METRICS) for name in logs):
+            return
+        found = self.metrics()
+        logs.update(found)
+        if state.log_history:
+            # The Trainer has copied the log there already.
+            state.log_history[-1].update(found)
+
+    def metrics(self) -> dict[str, float]:
+        """The run's metrics as they are logged; none before and after it is at work."""
+        if not self.run.attached:
+            return {}
+        return {f"{METRICS}{name}": value for name, value in self.run.metrics().items()}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:

@@ -1,21 +1,40 @@
 """Training and one-shot methods. Each ends in a plain dense model with exact zeros and a ``CompressionPlan``."""
 
+from sparsebert.methods import allocation
 from sparsebert.methods.admm import ADMM
 from sparsebert.methods.base import Method, Run
+from sparsebert.methods.fixed_factors import FactorTuning
+from sparsebert.methods.gradual import GradualMagnitude
 from sparsebert.methods.knowledge import KnowledgePruning
+from sparsebert.methods.losparse import LoSparse
+from sparsebert.methods.lpaf import LPAF
 from sparsebert.methods.magnitude import Magnitude
 from sparsebert.methods.maths.projections import Block, Dictionary
 from sparsebert.methods.movement import Movement
 from sparsebert.methods.permutation import permute_channels_
+from sparsebert.methods.platon import Platon
+from sparsebert.methods.seven import SEVEN
+from sparsebert.methods.snip import Snip
+from sparsebert.methods.svd import SVD, fisher_row_weights
 
 __all__ = [
     "ADMM",
+    "LPAF",
+    "SEVEN",
+    "SVD",
     "Block",
     "Dictionary",
+    "FactorTuning",
+    "GradualMagnitude",
     "KnowledgePruning",
+    "LoSparse",
     "Magnitude",
     "Method",
     "Movement",
+    "Platon",
     "Run",
+    "Snip",
+    "allocation",
+    "fisher_row_weights",
     "permute_channels_",
 ]

@@ -225,12 +225,17 @@ class Run(ABC):
 
     def new_state(self, kind: str) -> dict[str, Tensor]:
         """Zeros of this kind for every layer, kept as state from now on."""
-        wanted = self.kinds[kind]
-        self.state[kind] = {
-            path: torch.zeros((() if wanted.scalar else w.shape), dtype=wanted.dtype_for(w), device=w.device)
-            for path, w in ((path, self.weight(path).detach()) for path in self.configs)
-        }
+        self.state[kind] = {}
+        for path in self.configs:
+            shape, dtype = self.form(kind, path)
+            self.state[kind][path] = torch.zeros(shape, dtype=dtype, device=self.weight(path).device)
         return self.state[kind]
+
+    def form(self, kind: str, path: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the tensor of this kind for the layer at ``path``: what ``kinds`` says, unless a method's
+        tensors differ from layer to layer."""
+        wanted, weight = self.kinds[kind], self.weight(path)
+        return () if wanted.scalar else tuple(weight.shape), wanted.dtype_for(weight)
 
     def finite_weight(self, path: str) -> Tensor:
         """The layer's weight, detached; ``ValueError`` naming the layer where it holds NaN or infinities."""
@@ -246,9 +251,7 @@ class Run(ABC):
                 tensors[path] = tensor.to(self.weight(path).device)
 
     def _check(self, kind: str, path: str, tensor: Tensor) -> None:
-        weight = self.weight(path)
-        wanted = self.kinds[kind]
-        dtype, shape = wanted.dtype_for(weight), () if wanted.scalar else tuple(weight.shape)
+        shape, dtype = self.form(kind, path)
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(
                 f"{self.method}: {path}: {kind} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}"

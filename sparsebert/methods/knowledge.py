@@ -6,8 +6,7 @@ Xu, Yen, Zhao, Xiao: Rethinking Network Pruning - under the Pre-train and Fine-t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +16,14 @@ from torch import Tensor, nn
 from sparsebert.configs import Config, NMConfig
 from sparsebert.formats import bitmap
 from sparsebert.methods.base import Method, Run
-from sparsebert.methods.capture import Capture, Captured
+from sparsebert.methods.capture import Capture
 from sparsebert.methods.masked import MaskedRun, check_maskable
 from sparsebert.methods.maths import distillation, scores, thresholds
 from sparsebert.methods.maths.schedules import Updates, kept_in_group
+from sparsebert.methods.teacher import Teacher, check_teacher
 from sparsebert.plan import CompressionPlan, Selection
 
 TERMS = ("embedding", "hidden", "attention", "logits")
-# What the teacher is not called with: it needs no loss, and says itself what it returns.
-_STUDENT_ONLY = ("labels", "num_items_in_batch", "output_hidden_states", "output_attentions", "return_dict")
 
 
 class KnowledgePruning(Method):
@@ -103,7 +101,6 @@ class KnowledgePruningRun(MaskedRun):
     def __init__(self, model: nn.Module, options: KnowledgePruning, total_steps: int, teacher: nn.Module) -> None:
         super().__init__(model, options.config, total_steps)
         self.options = options
-        self.teacher = teacher
         self.replaces_task_loss = not options.task_loss
         check_maskable(self.method, self.configs)
         end = int(options.cooldown * total_steps)
@@ -113,13 +110,13 @@ class KnowledgePruningRun(MaskedRun):
                 raise ValueError(f"{self.method}: {path}: {config}: columns cannot be dropped little by little")
             self.finite_weight(path)
             self.schedules[path] = Updates(_density(config), total_steps, options.updates, end)
-        self._check_teacher()
+        self._check_pair(teacher)
         wanted = {
             "hidden": "embedding" in options.factors or "hidden" in options.factors,
             "attention": "attention" in options.factors,
         }
         self._student = Capture(model, **wanted)
-        self._teacher = Capture(teacher, **wanted, training=False)
+        self.teacher = Teacher(teacher, **wanted)
         self._last: dict[str, Tensor] = {}
         for mask in self.new_state("mask").values():
             mask.fill_(True)
@@ -135,7 +132,7 @@ class KnowledgePruningRun(MaskedRun):
 
     def added_loss(self, outputs: Any, inputs: Any) -> Tensor:
         ours = self._student.take(outputs)
-        theirs, answer = self._ask_teacher(inputs)
+        theirs, answer = self.teacher.ask(inputs)
         mask = inputs.get("attention_mask")
         found: dict[str, Tensor] = {}
         for term in self.options.factors:
@@ -188,20 +185,10 @@ class KnowledgePruningRun(MaskedRun):
         least = bitmap.keep_count(config.density, *weight.shape)  # type: ignore[union-attr]
         return thresholds.largest(score, max(least, int(weight.numel() * remaining)))
 
-    def _ask_teacher(self, inputs: Any) -> tuple[Captured, Any]:
-        given = {name: value for name, value in inputs.items() if name not in _STUDENT_ONLY}
-        self._teacher.attach()
-        try:
-            with torch.no_grad(), _evaluating(self.teacher):
-                answer = self.teacher(**given)
-            return self._teacher.take(answer), answer
-        finally:
-            self._teacher.detach()
-
     def _logits_loss(self, outputs: Any, answer: Any, inputs: Any) -> Tensor:
         ours, theirs = getattr(outputs, "logits", None), getattr(answer, "logits", None)
         if ours is None or theirs is None:
-            raise ValueError(self._no_logits(self.model if ours is None else self.teacher))
+            raise ValueError(self._no_logits(self.model if ours is None else self.teacher.model))
         problem = getattr(getattr(self.model, "config", None), "problem_type", None)
         if ours.shape[-1] == 1 or problem == "regression":
             if (labels := inputs.get("labels")) is None:
@@ -227,20 +214,12 @@ class KnowledgePruningRun(MaskedRun):
             f'terms=("embedding", "hidden", "attention")'
         )
 
-    def _check_teacher(self) -> None:
-        model, teacher, terms = self.model, self.teacher, self.options.factors
-        if teacher is model:
-            raise ValueError(f"{self.method}: the teacher is the student itself; pass another model")
+    def _check_pair(self, teacher: nn.Module) -> None:
+        terms = self.options.factors
         names = ["num_hidden_layers", "hidden_size", "vocab_size"]
         names += ["num_attention_heads"] * ("attention" in terms) + ["num_labels"] * ("logits" in terms)
-        for name in names:
-            ours, theirs = (getattr(getattr(m, "config", None), name, None) for m in (model, teacher))
-            if ours != theirs:
-                raise ValueError(
-                    f"{self.method}: {name} is {ours} in the student ({type(model).__name__}) and {theirs} in the "
-                    f"teacher ({type(teacher).__name__}), expected the same"
-                )
-        for one in (model, teacher):
+        check_teacher(self.method, self.model, teacher, names)
+        for one in (self.model, teacher):
             # A Hugging Face model without a head is its own base model.
             if "logits" in terms and getattr(one, "base_model", None) is one:
                 raise ValueError(self._no_logits(one))
@@ -252,15 +231,3 @@ class KnowledgePruningRun(MaskedRun):
 
 def _density(config: Config) -> float:
     return config.n / config.m if isinstance(config, NMConfig) else config.density  # type: ignore[union-attr]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for this long."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

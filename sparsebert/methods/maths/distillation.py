@@ -1,5 +1,5 @@
-"""Losses that make a student imitate a teacher; all are scalars, differentiable in the student alone, and computed in
-float32 where the tensors are of a smaller type."""
+"""Losses that make a student imitate a teacher; all are scalars, differentiable in the student alone (``symmetric_kl``,
+of a student with itself, in both), and computed in float32 where the tensors are of a smaller type."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
     _same_shapes("kl_divergence", student, teacher)
     s, t = (F.log_softmax(widened(x) / temperature, -1) for x in (student, teacher.detach()))
     return F.kl_div(s, t, reduction="batchmean", log_target=True) * temperature**2
+
+
+def symmetric_kl(first: Tensor, second: Tensor) -> Tensor:
+    """KL(p || q) + KL(q || p) of p = softmax(first) and q = softmax(second), logits ``(..., classes)``, mean over all
+    but the last dimension; differentiable in both. The consistency term of R-Drop is half of it (Liang et al.: R-Drop:
+    Regularized Dropout for Neural Networks, NeurIPS 2021)."""
+    _same_shapes("symmetric_kl", first, second)
+    p, q = (F.log_softmax(widened(x), -1) for x in (first, second))
+    return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -19,6 +19,9 @@ class Cubic:
 
     ``due``: masks are renewed every ``every`` steps of the descent, and at each of the last ``end`` steps. Zhu and
     Gupta: To prune, or not to prune (2017), as used by movement pruning, PLATON and LoSparse.
+
+    Layers with targets of their own share one schedule through ``left``, the part of the descent that is still to come,
+    from 1 to 0: a layer whose target is f keeps f + (1 - f) left.
     """
 
     final: float
@@ -28,26 +31,22 @@ class Cubic:
     every: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.final <= 1:
-            raise ValueError(f"schedule: final fraction is {self.final}, expected above 0 and at most 1")
-        for name in ("start", "end"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"schedule: {name} is {getattr(self, name)} steps, expected 0 or more")
-        if self.every < 1:
-            raise ValueError(f"schedule: every is {self.every} steps, expected 1 or more")
+        _check_final(self.final)
+        _check_steps(start=self.start, end=self.end, total_steps=self.total_steps)
+        _check_steps(1, every=self.every)
         if self.start + self.end >= self.total_steps:
             raise ValueError(
                 f"schedule: start and end take {self.start} + {self.end} steps, expected fewer than the "
                 f"{self.total_steps} of the training"
             )
 
-    def remaining(self, step: int) -> float:
+    def left(self, step: int) -> float:
+        """The part of the descent that is still to come: 1 up to ``start``, 0 from ``total_steps`` - ``end`` on."""
         descent = self.total_steps - self.start - self.end
-        if step <= self.start:
-            return 1.0
-        if step > self.total_steps - self.end:
-            return self.final
-        return self.final + (1 - self.final) * (1 - (step - self.start) / descent) ** 3
+        return (1 - min(max(step - self.start, 0), descent) / descent) ** 3
+
+    def remaining(self, step: int) -> float:
+        return _kept(self.final, self.left(step))
 
     def due(self, step: int) -> bool:
         """Whether masks are renewed after this step."""
@@ -55,6 +54,11 @@ class Cubic:
             return False
         # Without steps at the end the last one has to be there whatever ``every`` is.
         return step > self.total_steps - self.end or step == self.total_steps or step % self.every == 0
+
+    def falls(self, step: int) -> bool:
+        """Whether masks are renewed after this step, and not all at their target before it: what is due where nothing
+        grows back."""
+        return self.due(step) and step <= self.total_steps - self.end + 1
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,9 @@ class Window:
     every: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.final <= 1:
-            raise ValueError(f"schedule: final fraction is {self.final}, expected above 0 and at most 1")
-        if self.start < 0 or self.length < 1 or self.every < 1:
-            raise ValueError(
-                f"schedule: start is {self.start}, length {self.length}, every {self.every} steps, expected at least "
-                f"0, 1 and 1"
-            )
+        _check_final(self.final)
+        _check_steps(start=self.start, total_steps=self.total_steps)
+        _check_steps(1, length=self.length, every=self.every)
         if self.start + self.length > self.total_steps:
             raise ValueError(
                 f"schedule: the window ends after {self.start} + {self.length} steps, but the training has "
@@ -92,9 +92,12 @@ class Window:
     def inside(self, step: int) -> bool:
         return self.start < step <= self.start + self.length
 
+    def left(self, step: int) -> float:
+        """The part of the descent that is still to come: 1 up to ``start``, 0 from the window's last step on."""
+        return (1 - min(max(step - self.start, 0), self.length) / self.length) ** 3
+
     def remaining(self, step: int) -> float:
-        done = min(max(step - self.start, 0), self.length)
-        return self.final + (1 - self.final) * (1 - done / self.length) ** 3
+        return _kept(self.final, self.left(step))
 
     def due(self, step: int) -> bool:
         """Whether masks are renewed after this step."""
@@ -179,3 +182,19 @@ def kept_in_group(remaining: float, n: int, m: int) -> int:
     """How many of ``m`` are kept on the way to n:m while the schedule keeps ``remaining``: never fewer than ``n``."""
     # A fraction that comes out a rounding error above a whole number means that number.
     return min(m, max(n, math.ceil(remaining * m - 1e-9)))
+
+
+def _kept(final: float, left: float) -> float:
+    # final + (1 - final) need not be 1 in floating point.
+    return 1.0 if left == 1 else final + (1 - final) * left
+
+
+def _check_final(final: float) -> None:
+    if not 0 < final <= 1:
+        raise ValueError(f"schedule: final fraction is {final}, expected above 0 and at most 1")
+
+
+def _check_steps(least: int = 0, /, **steps: int) -> None:
+    for name, value in steps.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"schedule: {name} is {value!r}, expected a whole number of steps, {least} or more")
