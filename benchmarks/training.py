@@ -3,10 +3,11 @@
     python benchmarks/training.py [--model PATH] [--methods A,B] [--device cuda] > FILE.jsonl
 
 The plain model and the method's train side by side from the same weights on the same batches, a block of steps of the
-one and then of the other. A block is ten steps, the interval at which masks are renewed by default, and
-the ratio is that of whole blocks: a step that sorts every weight counts, as a median of steps would not show. The method
-is prepared for exactly the steps that are done, so its schedule is walked from end to end; the first block warms up. ``ratio`` is the median
-over the blocks, ``worst`` that of the dearest block. The forward pass of a teacher is timed apart and in neither.
+one and then of the other. A block is ten steps, the interval at which masks are renewed by default, and the ratio is
+that of whole blocks: a step that sorts every weight counts, as a median of steps would not show. The method is prepared
+for exactly the steps that are done, so its schedule is walked from end to end; the first block warms up. ``ratio`` is
+the median over the blocks, ``worst`` that of the dearest block. The forward pass of a teacher is timed apart and in
+neither.
 
 ``floats`` is what a method holds beyond plain training, in floats of four bytes for each weight it prunes: every
 tensor in reach of the model, its gradients, the optimizer and the run, less what the plain training holds; the largest
@@ -34,10 +35,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sparsebert as sb  # noqa: E402
 from sparsebert.bench.environment import device_label, environment  # noqa: E402
 from sparsebert.cli.recipes import arguments  # noqa: E402
-from sparsebert.cli.training import total_loss  # noqa: E402
 from sparsebert.configs import parse_config  # noqa: E402
 from sparsebert.formats import one_shot  # noqa: E402
 from sparsebert.methods import METHODS, Method, Run  # noqa: E402
@@ -103,7 +102,7 @@ class Training:
 
     def step(self, inputs: dict[str, Tensor]) -> None:
         outputs = self.model(**inputs)
-        loss = outputs.loss if self.run is None else total_loss(self.run, outputs, inputs)
+        loss = outputs.loss if self.run is None else self.run.total_loss(outputs, inputs)
         loss.backward()
         self.optimizer.step()
         # Kept, as a loop that sets them to None would be measured at an odd moment.

@@ -12,7 +12,6 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import training  # noqa: E402
-
 from sparsebert.methods import METHODS  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -75,11 +75,6 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with what to say about it."""
 
 
-def total_loss(run: Run, outputs: Any, inputs: Any) -> Tensor:
-    """What one step minimizes: the task's loss and what the method adds."""
-    return outputs.loss + run.loss(outputs, inputs)
-
-
 def rate(step: int, total: int, warm: int, schedule: str) -> float:
     """The factor of the learning rate in step 0 .. total - 1: up to 1 in ``warm`` steps, the first one not being lost
     to a rate of 0, then constant, or linearly down to 0 after the last."""
@@ -169,7 +164,7 @@ class Loop:
             inputs = self.examples.batch(indices, self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 outputs = self.model(**inputs)
-                loss = total_loss(self.run, outputs, inputs) * (len(indices) / rows)
+                loss = self.run.total_loss(outputs, inputs) * (len(indices) / rows)
             loss.backward()
             total += loss.detach()
         if self.stage.max_grad_norm:

@@ -19,7 +19,7 @@ from sparsebert.cli import models, train, training
 from sparsebert.cli.app import app
 from sparsebert.cli.recipes import Stage
 from sparsebert.formats import nm
-from sparsebert.methods import METHODS
+from sparsebert.methods import METHODS, Run
 from sparsebert.plan import CompressionPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,7 +49,12 @@ TARGETS = {
     "lpaf": "low-rank:0.5",
     "svd": "low-rank:0.5",
 }
-OPTIONS = {"snip": ["--option", "batches=2"], "admm": ["--option", "rounds=3"], "knowledge": ["--option", "updates=4"]}
+OPTIONS = {
+    "snip": ["--option", "batches=2"],
+    "admm": ["--option", "rounds=3"],
+    "knowledge": ["--option", "updates=4"],
+    "lpaf": ["--option", "weighting=none"],
+}
 TEACHERS = {"knowledge"}
 
 
@@ -131,7 +136,7 @@ def error_of(*arguments, code: int = 1) -> str:
 
 def interrupt(monkeypatch, at: int, how) -> None:
     """Calls ``how`` in the forward pass of the step after ``at`` of them."""
-    before, calls = training.total_loss, 0
+    before, calls = Run.total_loss, 0
 
     def total_loss(*arguments):
         nonlocal calls
@@ -140,7 +145,7 @@ def interrupt(monkeypatch, at: int, how) -> None:
             how()
         return before(*arguments)
 
-    monkeypatch.setattr(training, "total_loss", total_loss)
+    monkeypatch.setattr(Run, "total_loss", total_loss)
 
 
 def ctrl_c() -> None:
@@ -353,9 +358,9 @@ def test_gradients_are_clipped_and_biases_do_not_decay(classifier, data):
 
 def test_the_model_trains_in_every_step_whatever_was_measured_before(plain, tmp_path, monkeypatch):
     modes = []
-    before = training.total_loss
+    before = Run.total_loss
     monkeypatch.setattr(
-        training, "total_loss", lambda r, outputs, inputs: modes.append(r.model.training) or before(r, outputs, inputs)
+        Run, "total_loss", lambda r, outputs, inputs: modes.append(r.model.training) or before(r, outputs, inputs)
     )
     trained(*plain, "--eval-every", 1, "--out", tmp_path / "out")
     assert modes == [True] * STEPS
