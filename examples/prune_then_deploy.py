@@ -24,13 +24,13 @@ def main(path: str, out: str, steps: int = 30) -> None:
     model.train()
     for step, inputs in enumerate(batches(steps), 1):
         outputs = model(**inputs)
-        loss = outputs.loss + run.loss(outputs, inputs)
+        loss = run.total_loss(outputs, inputs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 0:
-            print(f"step {step}: loss {float(loss):.3f}, sparsity {run.metrics()['sparsity']:.3f}")
+            print(f"step {step}: loss {loss.item():.3f}, sparsity {run.metrics()['sparsity']:.3f}")
 
     plan = run.finalize()  # exact zeros, a plain dense model, and what was promised of it
     print(sb.compress_(model, plan).size)  # proves the promise, then packs
