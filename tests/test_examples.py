@@ -58,6 +58,10 @@ def run(root, tmp_path, monkeypatch, capsys):
         ("save_and_load.py", ["whole model", "the same numbers, bit for bit: True"]),
         ("prune_then_train.py", ["encoder linears"]),
         (
+            "prune_then_deploy.py",
+            ["step 30: loss ", "sparsity 0.500", "encoder linears", "the same predictions in a fresh process: True"],
+        ),
+        (
             "mixed_plan.py",
             [
                 "compressed 4 layers",

@@ -77,7 +77,7 @@ RULES = {
     "cli": Rule(
         uses=("public", "bench", "configs", "plan", "calibration", "roles", "storage"),
         packages=("torch", "typer", "rich", "safetensors"),
-        lazy_packages=("matplotlib", "numpy", "sklearn"),
+        lazy_packages=("matplotlib", "numpy", "sklearn", "datasets"),
     ),
 }
 

@@ -36,7 +36,6 @@ from sparsebert.cli.demo import (
     MODEL_NAME,
     DemoFailed,
     Reloaded,
-    Steps,
     Task,
     describe,
     find_model,
@@ -51,6 +50,7 @@ from sparsebert.cli.demo import (
     totals,
 )
 from sparsebert.cli.rows import Row
+from sparsebert.cli.steps import Steps
 from sparsebert.configs import Config, Int8Config, NMConfig, parse_config
 from sparsebert.plan import Selection
 

@@ -261,6 +261,187 @@ def evaluate(
 
 
 @app.command()
+def train(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the result goes, new or empty.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The dense model: a folder or an id of the hub.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|NAME",
+            help="A folder with train and dev files (.tsv, .csv or .jsonl), a file of training rows with --dev beside "
+            "it, or a data set of the hub as NAME or NAME:CONFIGURATION; by default that of the recipe's task.",
+        ),
+    ] = None,
+    dev: Annotated[Path | None, typer.Option(metavar="FILE", help="The rows to measure on.")] = None,
+    text_columns: Annotated[
+        str | None, typer.Option(metavar="A,B", help="By default sentence1, and sentence2 where there is one.")
+    ] = None,
+    label_column: Annotated[str, typer.Option(metavar="NAME")] = "label",
+    regression: Annotated[
+        bool | None,
+        typer.Option("--regression/--classification", help="By default regression where a label is a fraction."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first training rows.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:TASK]|FILE.toml[:TASK]",
+            help="Method, target and all settings for a task of GLUE, such as seven:sst2; options given here go first.",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of sparsebert.methods, such as seven.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Format of all encoder linears, written as --format of compress: 2:4."),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WHICH=SPEC|dense", help="Another format, or none, for a role or path. Repeatable."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="An argument of the method, such as start=100; 10% is a share of the steps. Repeatable.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A fine-tuned model, for methods that learn from one.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="How often to see the data; by default the recipe's, or 3.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Batches to an optimizer step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate at its highest.")] = None,
+    schedule: Annotated[str | None, typer.Option(metavar="linear|constant")] = None,
+    warmup: Annotated[str | None, typer.Option(metavar="N|N%", help="Steps, or a share of them.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of matrices, not of biases and norms.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Gradients are clipped to this norm; 0 does not.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=3, help="Cut texts at this many tokens.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="accuracy|f1|matthews|pearson|spearman",
+            help="What is shown while it trains; all are in the result.",
+        ),
+    ] = None,
+    eval_batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    eval_every: Annotated[int | None, typer.Option(min=1, metavar="N", help="In steps; by default an epoch.")] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Save a state to resume from every N steps, not only on Ctrl-C."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the training that was interrupted in --out, as it was set up.")
+    ] = False,
+    export: Annotated[
+        bool, typer.Option("--export/--no-export", help="Pack the result, or leave it with zeros.")
+    ] = True,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 where that is safe (autocast).")] = False,
+    seed: Annotated[int, typer.Option(help="Draws batches, dropout and a new head.")] = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train a dense model with a compression method, and save it packed.
+
+    Ctrl-C leaves a state to go on from: sparsebert train --resume --out FOLDER.
+    """
+    from sparsebert.cli import metrics, recipes
+    from sparsebert.cli.compress import parse_layer
+
+    _device(device)
+    if resume:
+        allowed = {"out", "resume", "device", "as_json"}
+        given = [
+            name.replace("_", "-")
+            for name in context.params
+            if name not in allowed and str(context.get_parameter_source(name)).endswith("COMMANDLINE")
+        ]
+        if given:
+            raise typer.BadParameter(
+                f"goes on with the settings it began with; it does not go with --{given[0]}", param_hint="'--resume'"
+            )
+    if steps is not None and epochs is not None:
+        raise typer.BadParameter("give --steps or --epochs, not both", param_hint="'--steps'")
+    _one_of(recipes.SCHEDULES, schedule, "--schedule")
+    _one_of((*metrics.CLASSIFICATION, *metrics.REGRESSION), metric, "--metric")
+    for text in layer or ():
+        _parsed(parse_layer, text, "--layer")
+    options = dict(_parsed(recipes.parse_option, text, "--option") for text in option or ())
+    # Made here: while a command works, what is printed goes to stderr.
+    console = output(to_stderr=as_json)
+
+    def work(report: Report) -> dict[str, Any]:
+        from sparsebert.cli import train as command
+        from sparsebert.cli.steps import Steps
+
+        settings = None
+        if not resume:
+            asked = recipes.load(recipe) if recipe is not None else None
+            task = None if asked is None else asked.task
+            stages = command.settle(
+                recipe=asked,
+                method=method,
+                target=target,
+                layers=dict(text.split("=", 1) for text in layer or ()),
+                options=options,
+                overrides={
+                    "epochs": epochs,
+                    "steps": steps,
+                    "batch_size": batch_size,
+                    "accumulate": accumulate,
+                    "lr": lr,
+                    "schedule": schedule,
+                    "warmup": int(warmup) if warmup is not None and warmup.isdecimal() else warmup,
+                    "weight_decay": weight_decay,
+                    "max_grad_norm": max_grad_norm,
+                    "max_length": max_length,
+                },
+                teacher=teacher,
+            )
+            if model is None:
+                raise ValueError("give --model, the folder of a dense checkpoint or a model id of the hub")
+            if data is None and task is None:
+                raise ValueError("give --data, or a recipe with a task, such as seven:sst2")
+            on_hub = task is not None and data in (None, task.hub)
+            columns = _names(text_columns) or (list(task.hub_columns) if task is not None and on_hub else None)
+            settings = command.Settings(
+                model=model,
+                data=data or (task.hub if task is not None else ""),
+                stages=stages,
+                dev=None if dev is None else str(dev),
+                text_columns=None if columns is None else tuple(columns),
+                label_column=label_column,
+                regression=regression,
+                limit=limit,
+                teacher=teacher,
+                recipe=recipe,
+                metric=metric or (None if task is None else task.metric),
+                seed=seed,
+                bf16=bf16,
+                export=export,
+                eval_batch_size=eval_batch_size,
+                eval_every=eval_every,
+                save_every=save_every,
+            )
+        return command.train(settings, out, device=device, progress=Steps(console, quiet=False))
+
+    def show(result: dict[str, Any]) -> Rendered:
+        from sparsebert.cli import train as command
+
+        return command.render(result)
+
+    _run(context, work, show, as_json)
+
+
+@app.command()
 def info(
     context: typer.Context,
     path: Annotated[str | None, typer.Argument(help="Folder of a checkpoint; without it, this machine.")] = None,

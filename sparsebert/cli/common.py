@@ -48,8 +48,9 @@ def execute(
         # Whatever a library prints must not get into the result.
         with contextlib.redirect_stdout(sys.stderr), progress_bar() as report:
             result = work(report)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+    except KeyboardInterrupt as interrupt:
+        # A command that has something to go on from says so.
+        typer.echo(": ".join(["interrupted", *(clean(str(part)) for part in interrupt.args)]), err=True)
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise

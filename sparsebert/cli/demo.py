@@ -20,24 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console, Group
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load_file, save_file
@@ -49,6 +38,7 @@ from sparsebert.bench.environment import device_label, environment
 from sparsebert.bench.retrieval import RetrievalScore, Texts, embed, length_batches, mean_pool, score
 from sparsebert.bench.timing import Timing, measure_together
 from sparsebert.cli import models
+from sparsebert.cli.steps import Steps
 
 if TYPE_CHECKING:
     from sparsebert.methods import Run
@@ -64,8 +54,6 @@ REQUIRED_RECOVERY = 0.5
 EVALUATION_LENGTH, EVALUATION_BATCH = 128, 32
 LATENCY_SHAPES = ((1, 32), (8, 64))
 LATENCY_BUDGET_S = 4.0
-# Where nothing can be redrawn, a line of progress this often, in seconds.
-REPORT_EVERY_S = 20.0
 
 Tick = Callable[[int, int], None]
 
@@ -100,58 +88,6 @@ class Recipe:
         """Learning rate of step 0 .. steps - 1."""
         warm = max(1, round(self.warmup * self.steps))
         return self.learning_rate * min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm), 1.0)
-
-
-@dataclass
-class Steps:
-    """Shows progress of one step at a time and keeps how long each took.
-
-    On a terminal a bar that goes away and one line that stays; elsewhere lines only, so that a log shows what is waited
-    for.
-    """
-
-    console: Console
-    quiet: bool
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[Step]:
-        started = time.perf_counter()
-        live = self.console.is_terminal and not self.quiet
-        lines = not (live or self.quiet)
-        if lines:
-            self.console.print(f"{name} ...", highlight=False)
-        columns = (
-            SpinnerColumn("line"),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True, disable=not live) as bar:
-            step = Step(bar, bar.add_task(name, total=None), self.console if lines else None, started)
-            yield step
-        self.seconds[name] = time.perf_counter() - started
-        if not self.quiet:
-            start = "  " if lines else f"{name}: "
-            outcome = f"{step.outcome}, " if step.outcome else ""
-            self.console.print(f"{start}{outcome}{self.seconds[name]:.1f} s", highlight=False, soft_wrap=True)
-
-
-@dataclass
-class Step:
-    bar: Progress
-    task: TaskID
-    lines: Console | None
-    reported: float
-    outcome: str = ""
-
-    def tick(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total)
-        if self.lines is not None and time.perf_counter() - self.reported > REPORT_EVERY_S:
-            self.reported = time.perf_counter()
-            self.lines.print(f"  {done} of {total}", highlight=False)
 
 
 @dataclass(frozen=True)

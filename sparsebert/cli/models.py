@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +130,61 @@ def load(source: Source, *, device: torch.device, dtype: torch.dtype | None = No
     if untrained and len(untrained) == len(model.state_dict()):
         raise ValueError(f"{source.name}: no tensor of the checkpoint fits {type(model).__name__} ({few(dropped)})")
     return Loaded(model.eval().to(device), tuple(untrained), tuple(dropped))
+
+
+def load_classifier(
+    source: Source, *, device: torch.device, classes: Sequence[str] | None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The dense model of ``source`` with a head for ``classes`` (None: regression), in float32 and eval mode, and the
+    names of the head's tensors that the checkpoint has none for, which torch's generator filled.
+
+    The head of the checkpoint is kept where it has as many outputs; ``ValueError`` where these are other classes.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    if source.packed:
+        raise ValueError(f"{source.name}: is compressed already; start from the dense model it was made of")
+    outputs = 1 if classes is None else len(classes)
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(_location(source), trust_remote_code=False)
+    keeps = "ForSequenceClassification" in (source.architecture or "") and config.num_labels == outputs
+    if not keeps:
+        config.num_labels = outputs
+        if classes is not None:
+            config.id2label = dict(enumerate(classes))
+            config.label2id = {name: i for i, name in enumerate(classes)}
+    elif classes is not None:
+        own = [config.id2label[i] for i in range(outputs)]
+        # Numbers fit any head; names have to be its own.
+        if not set(classes) <= {*own, *map(str, range(outputs))}:
+            raise ValueError(
+                f"{source.name}: its head knows the labels {few(own)}, but the data has {few(sorted(classes))}; "
+                f"expected the same names, or the numbers 0 to {outputs - 1}"
+            )
+    config.problem_type = "regression" if classes is None else "single_label_classification"
+    try:
+        with quiet_transformers():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                _location(source),
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                # A head for other classes is replaced.
+                ignore_mismatched_sizes=True,
+            )
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise ValueError(f"{source.name}: holds no safetensors file, and pickled weights are not read") from None
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    new = sorted({*info["missing_keys"], *mismatched})
+    inside = [key for key in new if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
+    if inside:
+        raise ValueError(f"{source.name}: the checkpoint lacks {few(inside)}, which is no part of a new head")
+    return model.eval().to(device), tuple(new)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:

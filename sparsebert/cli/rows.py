@@ -1,20 +1,22 @@
-"""Rows of text and labels from a .tsv or .csv file. An error names the file and the line."""
+"""Rows of text and labels from a .tsv, .csv or .jsonl file. An error names the file and the line."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 LABEL_COLUMN = "label"
 TEXT_COLUMNS = ("sentence1", "sentence2")
+KINDS = (".tsv", ".csv", ".jsonl")
 
 
 @dataclass(frozen=True)
 class Row:
-    """``line`` counts from 1, the header's; ``label`` is None where no label column was asked for."""
+    """``line`` counts from 1, the header's if there is one; ``label`` is None where no label column was asked for."""
 
     line: int
     texts: tuple[str, ...]
@@ -25,12 +27,14 @@ def read_rows(
     file: Path, text_columns: Sequence[str] | None, label_column: str | None, *, limit: int | None = None
 ) -> list[Row]:
     """The first ``limit`` rows of ``file``: UTF-8 with a header line; .tsv is split on tabs without quoting, .csv is
-    read with quoting. ``text_columns`` None takes sentence1, and sentence2 where there is one.
+    read with quoting; .jsonl has no header but an object a line, all with the same keys. ``text_columns`` None takes
+    sentence1, and sentence2 where there is one.
 
     ``ValueError`` for another kind of file, a column that is not there, a row of another width, and no rows at all.
     """
-    if file.suffix.lower() not in (".tsv", ".csv"):
-        raise ValueError(f"{file}: expected a file named .tsv or .csv")
+    kind = file.suffix.lower()
+    if kind not in KINDS:
+        raise ValueError(f"{file}: expected a file named {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file")
     data = file.read_bytes()
@@ -39,7 +43,7 @@ def read_rows(
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{file}, line {line}: is not UTF-8 ({error.reason})") from None
-    lines = _tsv(text) if file.suffix.lower() == ".tsv" else _csv(text, file)
+    lines = _tsv(text) if kind == ".tsv" else _csv(text, file) if kind == ".csv" else _jsonl(text, file)
     _, header = next(lines, (1, []))
     if text_columns is None:
         text_columns = TEXT_COLUMNS if TEXT_COLUMNS[1] in header else TEXT_COLUMNS[:1]
@@ -59,7 +63,7 @@ def read_rows(
         if len(rows) == limit:
             break
     if not rows:
-        raise ValueError(f"{file}: holds no rows below its header")
+        raise ValueError(f"{file}: holds no rows{'' if kind == '.jsonl' else ' below its header'}")
     return rows
 
 
@@ -93,3 +97,27 @@ def _csv(text: str, file: Path) -> Iterator[tuple[int, list[str]]]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{file}, line {line}: {error}") from None
+
+
+def _jsonl(text: str, file: Path) -> Iterator[tuple[int, list[str]]]:
+    """The keys of the first object as a header, then the values of each."""
+    header: list[str] = []
+    if not text.strip():
+        return
+    for number, line in enumerate(text.rstrip("\r\n").split("\n"), 1):
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{file}, line {number}: is no JSON") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{file}, line {number}: is {type(found).__name__}, expected an object")
+        if not header:
+            header = list(found)
+            yield 0, header
+        if stray := sorted(found.keys() ^ header):
+            how = "has no" if stray[0] in header else "alone has a"
+            raise ValueError(f"{file}, line {number}: {how} {stray[0]!r}; all lines need the same keys")
+        for key in header:
+            if not isinstance(found[key], str | int | float):
+                raise ValueError(f"{file}, line {number}: {key!r} is neither text nor a number")
+        yield number, [found[key] if isinstance(found[key], str) else json.dumps(found[key]) for key in header]

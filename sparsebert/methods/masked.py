@@ -24,17 +24,21 @@ class MaskedRun(Run):
         """Path -> bool ``(out_features, in_features)``, True where a weight is kept."""
         return self.state["mask"]
 
+    def mask(self, path: str) -> Tensor:
+        """The mask of one layer."""
+        return self.masks[path]
+
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for path, mask in self.masks.items():
+        for path in self.configs:
             if (gradient := self.weight(path).grad) is not None:
-                gradient.mul_(mask)
+                gradient.mul_(self.mask(path))
 
     def after_step(self) -> None:
         self.apply_masks()
 
     def apply_masks(self) -> None:
-        for path, mask in self.masks.items():
-            drop_(self.weight(path), mask)
+        for path in self.configs:
+            drop_(self.weight(path), self.mask(path))
 
     def resumed(self) -> None:
         self.apply_masks()

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsebert.methods.base import Kind, Method, Run
 from sparsebert.methods.gradual import cubic
-from sparsebert.methods.masked import configs_of_masks, drop_
+from sparsebert.methods.masked import configs_of_masks
 from sparsebert.methods.maths import scores
 from sparsebert.methods.scored import Budget, check_count, check_decay, check_granularity
 from sparsebert.plan import CompressionPlan, Selection
@@ -51,8 +51,8 @@ class Platon(Method):
 
     ``prepare``: ``ValueError`` for a schedule that does not fit, or that would prune before the first window is full,
     a config that is no mask, an ``NMConfig`` with columns and weights that do not require grad. ``finalize``:
-    ``ValueError`` before the target is reached. Three floats a weight are kept (I, S, U), and a fourth for a moment
-    after the step in which scores are compared.
+    ``ValueError`` before the target is reached. Three floats a weight are kept (I, S, U); where the last ``end`` steps
+    begin in the middle of a window, a fourth for a moment.
     """
 
     def __init__(
@@ -85,9 +85,8 @@ class Platon(Method):
 
 class PlatonRun(Run):
     kinds = {
-        # What the last decision keeps; not applied between decisions.
-        "mask": Kind(torch.bool),
         "mean": Kind(torch.float32),
+        # Its sign, also that of -0.0, is what the last decision keeps: a mask would be one more number a weight.
         "smoothed": Kind(torch.float32),
         "uncertainty": Kind(torch.float32),
     }
@@ -107,51 +106,61 @@ class PlatonRun(Run):
         for kind in self.kinds:
             if kind != "uncertainty" or options.beta2 < 1:
                 self.new_state(kind)
-        for mask in self.masks.values():
-            mask.fill_(True)
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
         """Path -> bool ``(out_features, in_features)``, True where the last decision keeps a weight."""
-        return self.state["mask"]
+        return {path: smoothed.signbit().logical_not_() for path, smoothed in self.state["smoothed"].items()}
 
     def after_step(self) -> None:
         place = self.step % self.options.window
+        due = self.schedule.due(self.step)
         if place == 0:
             self._close_window()
+            if due:
+                # I went into S: its memory is free for the scores until the window's first sample.
+                self._decide(self.state["mean"])
         # Steps count from 1, so the first window is one sample short.
         count = self.step if self.step < self.options.window else place + 1
         for path, mean in self.state["mean"].items():
             weight = self.weight(path)
+            if count == 1:
+                mean.zero_()
             if weight.grad is None:
                 scores.update_mean_(mean, torch.zeros_like(mean), count)
             else:
                 scores.update_mean_(mean, scores.sensitivity(weight, weight.grad).to(mean.dtype), count)
-        if self.schedule.due(self.step):
-            if place == 0 or self.step == self.last_phase:
-                self._decide()
+        if due:
+            if place and self.step == self.last_phase:
+                self._decide({path: torch.empty_like(mean) for path, mean in self.state["mean"].items()})
             self._zero()
 
     def _close_window(self) -> None:
-        uncertainty = self.state.get("uncertainty", {})
         for path, mean in self.state["mean"].items():
             scores.update_platon_(
-                self.state["smoothed"][path],
-                uncertainty.get(path),
+                self.state["smoothed"][path].abs_(),
+                self._uncertainty(path),
                 mean,
                 beta1=self.options.beta1,
                 beta2=self.options.beta2,
             )
 
-    def _decide(self) -> None:
-        found = self.state["smoothed"]
-        if (uncertainty := self.state.get("uncertainty")) is not None:
-            found = {path: smoothed * uncertainty[path] for path, smoothed in found.items()}
-        self.state["mask"] = self.budget.masks(found, self.schedule.left(self.step))
+    def _decide(self, found: dict[str, torch.Tensor]) -> None:
+        """What stays, by the scores, which are written into ``found``."""
+        for path, score in found.items():
+            torch.abs(self.state["smoothed"][path], out=score)
+            if (uncertainty := self._uncertainty(path)) is not None:
+                score.mul_(uncertainty)
+        for path, mask in self.budget.masks(found, self.schedule.left(self.step)).items():
+            smoothed = self.state["smoothed"][path].abs_()
+            smoothed.copy_(torch.where(mask, smoothed, smoothed.neg()))
+
+    def _uncertainty(self, path: str) -> torch.Tensor | None:
+        return self.state["uncertainty"][path] if self.options.beta2 < 1 else None
 
     def _zero(self) -> None:
-        for path, mask in self.masks.items():
-            drop_(self.weight(path), mask)
+        for path, smoothed in self.state["smoothed"].items():
+            self.weight(path).masked_fill_(smoothed.signbit(), 0.0)
 
     def metrics(self) -> dict[str, float]:
         kept = sum(int(mask.count_nonzero()) for mask in self.masks.values())

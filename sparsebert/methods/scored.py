@@ -108,10 +108,9 @@ class ScoredRun(MaskedRun):
     ) -> None:
         super().__init__(model, selection, total_steps)
         self.budget = Budget(self, granularity, gradients=gradients)
-        self.state["mask"] = {
-            path: torch.ones_like(self.weight(path), dtype=torch.bool, memory_format=torch.contiguous_format)
-            for path in self.configs
-        }
+        if "mask" in self.kinds:
+            for mask in self.new_state("mask").values():
+                mask.fill_(True)
 
     def gradient(self, path: str) -> Tensor:
         """The gradient of the layer's weight, zeros where this step gave it none."""
@@ -120,11 +119,15 @@ class ScoredRun(MaskedRun):
 
     def renew(self, scores: Mapping[str, Tensor], left: float) -> None:
         """New masks and what they drop, by scores of at least 0, which are overwritten where a weight is out."""
-        for path, mask in self.masks.items():
+        for path in self.configs:
             # Below every score: a weight that is in may score 0 too, and must not lose to one that is out.
-            scores[path].masked_fill_(mask.logical_not(), -1.0)
-        self.state["mask"] = self.budget.masks(scores, left)
+            scores[path].masked_fill_(self.mask(path).logical_not(), -1.0)
+        self.keep(self.budget.masks(scores, left))
         self.apply_masks()
+
+    def keep(self, masks: dict[str, Tensor]) -> None:
+        """Holds these masks from now on."""
+        self.state["mask"] = masks
 
     @torch.no_grad()
     def finalize(self) -> CompressionPlan:

@@ -104,62 +104,67 @@ class SEVEN(Method):
         return (SEVENRun if self.variant == "dynamic" else SEVENPreRun)(model, self, total_steps)
 
 
-_KINDS = {kind: Kind(torch.float32) for kind in ("importance", "first", "second")}
+class _Moments(ScoredRun):
+    """I, m and v. I is at least 0 where a weight is in, and -1 where it is out: a mask would be one more number a
+    weight."""
+
+    kinds = {kind: Kind(torch.float32) for kind in ("importance", "first", "second")}
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        return {path: self.mask(path) for path in self.configs}
+
+    def mask(self, path: str) -> Tensor:
+        return self.state["importance"][path] >= 0
+
+    def keep(self, masks: dict[str, Tensor]) -> None:
+        for path, mask in masks.items():
+            self.state["importance"][path].masked_fill_(mask.logical_not(), -1.0)
+
+    def update(self, options: SEVEN, count: int) -> None:
+        """One more step of I, m and v. Where a weight is out it is 0 by now, so that nothing is added to its I."""
+        for path in self.configs:
+            scores.update_seven_(
+                self.state["importance"][path],
+                self.state["first"][path],
+                self.state["second"][path],
+                self.weight(path),
+                self.gradient(path),
+                count,
+                alpha1=options.alpha1,
+                alpha2=options.alpha2,
+                signed=options.signed,
+            )
 
 
-class SEVENRun(ScoredRun):
-    kinds = {**ScoredRun.kinds, **_KINDS}
-
+class SEVENRun(_Moments):
     def __init__(self, model: nn.Module, options: SEVEN, total_steps: int) -> None:
         super().__init__(model, options.config, total_steps, options.granularity)
         start = total_steps // 10 if options.start is None else options.start
         length = max(1, total_steps * 2 // 5) if options.length is None else options.length
         self.options = options
         self.schedule = Window(self.budget.final, total_steps, start, length, options.every)
-        _new_moments(self)
+        for kind in self.kinds:
+            self.new_state(kind)
 
     def after_step(self) -> None:
+        self.apply_masks()
         if self.schedule.inside(self.step):
-            _update(self, self.options, self.step - self.schedule.start)
+            self.update(self.options, self.step - self.schedule.start)
         if self.schedule.due(self.step):
             self.renew(self.state["importance"], self.schedule.left(self.step))
-            for path, mask in self.masks.items():
-                self.state["importance"][path].masked_fill_(mask.logical_not(), 0.0)
-        else:
-            self.apply_masks()
 
 
-class SEVENPreRun(ScoredOnceRun):
-    kinds = {**ScoredOnceRun.kinds, **_KINDS}
-
+class SEVENPreRun(ScoredOnceRun, _Moments):
     def __init__(self, model: nn.Module, options: SEVEN, total_steps: int) -> None:
         batches = min(100, max(1, total_steps // 10)) if options.batches is None else options.batches
         super().__init__(model, options.config, total_steps, options.granularity, batches=batches)
         self.options = options
-        _new_moments(self)
+        for kind in self.kinds:
+            self.new_state(kind)
 
     def gather(self, count: int) -> None:
-        _update(self, self.options, count)
+        self.update(self.options, count)
 
     def scores(self) -> dict[str, Tensor]:
         return self.state["importance"]
-
-
-def _new_moments(run: ScoredRun) -> None:
-    for kind in _KINDS:
-        run.new_state(kind)
-
-
-def _update(run: ScoredRun, options: SEVEN, count: int) -> None:
-    for path in run.configs:
-        scores.update_seven_(
-            run.state["importance"][path],
-            run.state["first"][path],
-            run.state["second"][path],
-            run.weight(path),
-            run.gradient(path),
-            count,
-            alpha1=options.alpha1,
-            alpha2=options.alpha2,
-            signed=options.signed,
-        )

@@ -155,7 +155,7 @@ def test_the_version_is_the_package_s():
     assert text("--version") == f"sparsebert {sb.__version__}"
 
 
-@pytest.mark.parametrize("command", ["compress", "eval", "info", "tune", "demo"])
+@pytest.mark.parametrize("command", ["compress", "train", "eval", "info", "tune", "demo"])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_every_command_has_help_and_json(command, flag):
     assert "--json" in text(command, flag)
@@ -957,7 +957,15 @@ def test_eval_counts_what_it_cuts(classifier, tmp_path):
         ("dev.tsv", b"label\tsentence1\n1\tred\n0\t\xff\n", ", line 3: is not UTF-8"),
         ("dev.csv", 'label,sentence1\n1,"a\nb"\n0\n', ", line 4: has 1 columns, expected 2"),
         ("dev.csv", 'label,sentence1\n1,red\n0,"green\n', ", line 3: unexpected end of data"),
-        ("dev.json", "{}", ": expected a file named .tsv or .csv"),
+        ("dev.json", "{}", ": expected a file named .tsv, .csv or .jsonl"),
+        ("dev.jsonl", "", ": has no column 'sentence1'; its columns: none"),
+        (
+            "dev.jsonl",
+            '{"label": 1, "sentence1": "red"}\n{"label": 1}\n',
+            ", line 2: has no 'sentence1'; all lines need",
+        ),
+        ("dev.jsonl", '{"label": 1, "sentence1": null}\n', ", line 1: 'sentence1' is neither text nor a number"),
+        ("dev.jsonl", '{"label": 1,\n', ", line 1: is no JSON"),
     ],
 )
 def test_eval_names_file_and_line_of_bad_data(classifier, tmp_path, name, content, complaint):
