@@ -102,6 +102,7 @@ class ADMM(Method):
         every: int = 5,
         freeze: float = 0.1,
         decoupled: bool = False,
+        restart: bool = True,
     ) -> None:
         super().__init__(config)
         if projection is not None and not isinstance(projection, Block | Dictionary):
@@ -134,6 +135,7 @@ class ADMM(Method):
         self.every = every
         self.freeze = freeze
         self.decoupled = decoupled
+        self.restart = restart
 
     def prepare(self, model: nn.Module, *, total_steps: int, teacher: nn.Module | None = None) -> Run:
         self._refuse_teacher(teacher)
@@ -207,7 +209,7 @@ class ADMMRun(MaskedRun):
             return
         for path, mask in self.masks.items():
             weight = self.weight(path)
-            if self.step == self.admm_steps:
+            if self.step == self.admm_steps and self.options.restart:
                 # With its count of steps: Adam corrects the moments by it.
                 optimizer.state.pop(weight, None)
             if self._dense_behind(path, self.step):
