@@ -20,7 +20,7 @@ def main(path: str, out: str, steps: int = 4) -> None:
     model.train()
     for inputs in batches(steps):
         outputs = model(**inputs)
-        (outputs.loss + run.loss(outputs, inputs)).backward()
+        run.total_loss(outputs, inputs).backward()
         optimizer.step()
         optimizer.zero_grad()
 
