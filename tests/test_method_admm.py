@@ -136,6 +136,82 @@ def test_a_decoupled_pull_is_outside_of_the_optimizer():
     assert run.residuals["layer"].out_of_pattern == pytest.approx(gap / (gap + 3.625**2 + 7.625**2))
 
 
+# |W| of (4, 0, 3, 8) by norms of (1, 1, 3, 1): D² = (1, 1, 9, 1) / 3, so the third and fourth stay and W - Z is
+# (4, 0, 0, 0), whose pull has the length 4 / 3. |G| is 2: rho = 0.75 * 2 * 3 / 4 = 1.125.
+NORMS = {"layer": torch.tensor([1.0, 1.0, 3.0, 1.0])}
+
+
+def test_input_norms_weigh_pattern_and_pull():
+    model = one_layer([4.0, 0.0, 3.0, 8.0])
+    run, optimizer = start(model, total_steps=4, admm=0.5, rounds=1, rho=0.75, input_norms=NORMS)
+    step(model, optimizer)
+    assert state(run, "rho") == pytest.approx([1.125])
+    # G + rho (W - Z) D² = (1 + 1.125 * 4 / 3, 1, 1, 1)
+    assert model.layer.weight[0].tolist() == pytest.approx([2.75, -0.5, 2.5, 7.5])
+    for _ in range(3):
+        step(model, optimizer, (0.0, 0.0, 0.0, 0.0))
+    assert run.masks["layer"].tolist() == [[False, False, True, True]]
+
+
+def test_input_norms_weigh_a_decoupled_pull():
+    model = one_layer([4.0, 0.0, 3.0, 8.0])
+    _, optimizer = start(model, total_steps=4, admm=0.5, rounds=1, rho=0.75, input_norms=NORMS, decoupled=True)
+    # (3.5, -0.5, 2.5, 7.5) after the optimizer; then 0.5 * 1.125 D² of the way to (0, 0, 3, 8), but never further than
+    # all of it: 0.1875, 0.1875, 1, 0.1875.
+    step(model, optimizer)
+    assert model.layer.weight[0].tolist() == pytest.approx([3.5 * 0.8125, -0.5 * 0.8125, 3.0, 7.5 + 0.5 * 0.1875])
+
+
+def test_norms_of_one_change_nothing():
+    found = []
+    for norms in (None, 2.5):
+        model = tiny_model()
+        path = "bert.encoder.layer.0.output.dense"
+        options = {} if norms is None else {"input_norms": {path: torch.full((64,), norms)}}
+        run = ADMM({path: CONFIG}, rho=1.0, **options).prepare(model, total_steps=10)
+        train(model, run, 8)
+        found.append((run.masks[path], run.weight(path).detach().clone()))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("norms", "message"),
+    [
+        ({}, r"layer: input_norms has shape None, expected \(4,\)"),
+        ({"layer": torch.ones(3)}, r"layer: input_norms has shape \(3,\), expected \(4,\)"),
+        ({"layer": torch.zeros(4)}, "layer: input_norms holds no norms"),
+        ({"layer": torch.tensor([1.0, -1.0, 1.0, 1.0])}, "layer: input_norms holds no norms"),
+        ({"layer": torch.tensor([1.0, float("nan"), 1.0, 1.0])}, "layer: input_norms holds no norms"),
+    ],
+)
+def test_norms_that_do_not_fit_are_refused(norms, message):
+    with pytest.raises(ValueError, match=message):
+        start(one_layer([4.0, 0.0, 3.0, 8.0]), total_steps=4, input_norms=norms)
+
+
+def test_a_dictionary_takes_no_norms():
+    with pytest.raises(ValueError, match="input_norms and a Dictionary do not go together"):
+        ADMM({"layer": CONFIG}, projection=Dictionary(1, 4, 2), input_norms=NORMS)
+
+
+def test_input_norms_are_root_mean_squares():
+    model = tiny_model().train()
+    path = "bert.encoder.layer.1.intermediate.dense"
+    twin, seen = copy.deepcopy(model).eval(), []
+    twin.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    batches = [{"input_ids": tokens()}, {"input_ids": tokens()[:1, :3]}]
+    found = sb.methods.input_norms(model, batches, {path: CONFIG})
+    for batch in batches:
+        twin(**batch)
+    assert model.training and all(module.training for module in model.modules())
+    assert not model.get_submodule(path)._forward_pre_hooks
+    flat = torch.cat([x.flatten(0, 1) for x in seen])
+    torch.testing.assert_close(found, {path: flat.square().mean(0).sqrt()})
+    with pytest.raises(ValueError, match="no batch came through this layer"):
+        sb.methods.input_norms(model, [], {path: CONFIG})
+
+
 def test_rho_of_zero_is_plain_training():
     plain = tiny_model()
     train(plain, None, 4)

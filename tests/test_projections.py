@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsebert.configs import BitmapConfig, NMConfig
 from sparsebert.formats import int8, nm, one_shot
-from sparsebert.methods.maths.projections import Block, Dictionary, Int8Grid, Largest, Projection, on_grid
+from sparsebert.methods.maths.projections import Block, Dictionary, Int8Grid, Largest, Projection, Scaled, on_grid
 from sparsebert.methods.maths.thresholds import largest_in_groups
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -226,3 +226,22 @@ def test_not_a_number_is_the_largest():
         scores = torch.tensor([[3.0, 2.0, 1.0, 4.0]])
         scores[0, list(places)] = torch.nan
         assert largest_in_groups(scores, 2, 4).nonzero()[:, 1].tolist() == list(places)
+
+
+def test_a_scaled_pattern_is_nearest_in_its_norm():
+    """Against every pair of every group of 4, in float64."""
+    torch.manual_seed(0)
+    values, scale = torch.randn(3, 8, dtype=torch.float64), torch.rand(8, dtype=torch.float64) + 0.1
+    member = Scaled(Largest(NMConfig(2, 4)), scale)(values)
+    assert not torch.equal(member, Largest(NMConfig(2, 4))(values))
+    for row, found in zip(values, member, strict=True):
+        for start in (0, 4):
+            part, weights = row[start : start + 4], scale[start : start + 4]
+            distances = {}
+            for pair in combinations(range(4), 2):
+                kept = torch.zeros(4, dtype=torch.float64)
+                kept[list(pair)] = part[list(pair)]
+                distances[pair] = float(((part - kept) * weights).norm())
+            best = min(distances, key=distances.__getitem__)
+            assert found[start : start + 4].nonzero().flatten().tolist() == list(best)
+            assert torch.equal(found[start : start + 4][list(best)], part[list(best)])

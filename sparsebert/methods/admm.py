@@ -23,7 +23,7 @@ from sparsebert.formats import bitmap
 from sparsebert.formats.common import wide
 from sparsebert.methods.base import Kind, Method, Run
 from sparsebert.methods.masked import MaskedRun, drop_
-from sparsebert.methods.maths.projections import Block, Dictionary, Int8Grid, Largest, Pattern, on_grid
+from sparsebert.methods.maths.projections import Block, Dictionary, Int8Grid, Largest, Pattern, Scaled, on_grid
 from sparsebert.methods.maths.scores import update_mean_
 from sparsebert.methods.straight_through import hide_, reveal_
 from sparsebert.plan import CompressionPlan, Selection
@@ -75,9 +75,15 @@ class ADMM(Method):
     projection's density, an ``NMConfig(n, m)`` takes tiles of 1 x m with n weights, and ``columns`` take none.
 
     ``rho``: the first rho of a layer is such that its penalty's gradient has ``rho`` times the norm of the layer's
-    gradient: rho_1 = ``rho`` mean|G| / |W_0 - Z_0|, the mean over the steps of the first round so far. 0 is plain
+    gradient: rho_1 = ``rho`` mean|G| / |(W_0 - Z_0) D²|, the mean over the steps of the first round so far. 0 is plain
     training. ``decoupled``: W <- W - lr rho (W - Z + U) after the optimizer's step instead, outside of what Adam
     normalizes; |G| is then |step of the optimizer| / lr. ``rounds`` None: 10, or one a step where there are fewer.
+
+    ``input_norms``: path -> ``(in)`` for every layer, as ``methods.input_norms`` measures it; errors of a weight then
+    count by how large its input is. With D the diagonal of these norms over their root mean square, the penalty is
+    rho_l / 2 |(W_l - Z_l + U_l) D|², so its gradient is rho (W - Z + U) D², and P_S is the projection in that norm:
+    the n largest |v_ij| d_j (our own choice; the score is Wanda's, Sun et al., ICLR 2024). None: D = 1. A resumed run
+    needs the same ones.
 
     Published code differs: it penalizes the unsquared norm and starts with Z = W (pytorch-admm-pruning), where the
     first round only holds weights in place; here the norm is squared and Z projected.
@@ -102,6 +108,7 @@ class ADMM(Method):
         every: int = 5,
         freeze: float = 0.1,
         decoupled: bool = False,
+        input_norms: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(config)
         if projection is not None and not isinstance(projection, Block | Dictionary):
@@ -134,6 +141,9 @@ class ADMM(Method):
         self.every = every
         self.freeze = freeze
         self.decoupled = decoupled
+        if input_norms is not None and isinstance(projection, Dictionary):
+            raise ValueError("ADMM: input_norms and a Dictionary do not go together; its patterns are fitted to |w|")
+        self.input_norms = input_norms
 
     def prepare(self, model: nn.Module, *, total_steps: int, teacher: nn.Module | None = None) -> Run:
         self._refuse_teacher(teacher)
@@ -171,6 +181,10 @@ class ADMMRun(MaskedRun):
         self.patterns = {path: _pattern(path, config, tiles, weights[path]) for path, config in self.configs.items()}
         if isinstance(tiles, Dictionary) and tiles.patterns is None:
             self._take_dictionary(tiles.fit(weights.values()))
+        # D² of the layers that have one.
+        self._metric: dict[str, Tensor] = {}
+        if method.input_norms is not None:
+            self._measure_by(method.input_norms, weights)
         self._rhos: dict[str, float] = {}
         self._rates: dict[str, float] = {}
         self._old_weights: dict[str, Tensor] = {}
@@ -178,8 +192,11 @@ class ADMMRun(MaskedRun):
             self.new_state(kind)
         for path, weight in weights.items():
             self.state["anchor"][path].copy_(self._project(path, weight))
-            gap, norm = _norm(weight - self.state["anchor"][path]), _norm(weight)
-            self.state["gap"][path].copy_(torch.maximum(gap, _LEAST_GAP * norm))
+            away = weight - self.state["anchor"][path]
+            gap, norm = _norm(away), _norm(weight)
+            # What the penalty's gradient is, but for rho.
+            pull = _norm(away * self._metric[path]) if path in self._metric else gap
+            self.state["gap"][path].copy_(torch.maximum(pull, _LEAST_GAP * norm))
             self.state["primal"][path].copy_(_ratio(gap, norm))
             self.state["out_of_pattern"][path].copy_(_ratio(gap, norm).square())
 
@@ -290,6 +307,27 @@ class ADMMRun(MaskedRun):
     def _take_dictionary(self, dictionary: Dictionary) -> None:
         self.patterns = dict.fromkeys(self.patterns, dictionary)
 
+    def _measure_by(self, norms: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        for path, weight in weights.items():
+            found = norms.get(path)
+            if found is None or tuple(found.shape) != (weight.shape[1],):
+                shape = None if found is None else tuple(found.shape)
+                raise ValueError(f"ADMM: {path}: input_norms has shape {shape}, expected ({weight.shape[1]},)")
+            found = found.detach().to(weight)
+            if not torch.isfinite(found).all() or bool((found < 0).any()) or not bool(found.any()):
+                raise ValueError(f"ADMM: {path}: input_norms holds no norms; expected finite numbers of 0 or more")
+            scale = found / found.square().mean().sqrt()
+            # An input that was always 0 still orders its weights among themselves.
+            scale.clamp_(min=_LEAST_GAP)
+            if (pattern := self.patterns[path]) is not None:
+                self.patterns[path] = Scaled(pattern, scale)
+            self._metric[path] = scale.square()
+
+    def _follow(self) -> None:
+        super()._follow()
+        for path, metric in self._metric.items():
+            self._metric[path] = metric.to(self.weight(path).device)
+
     def _pull(self, optimizer: torch.optim.Optimizer) -> None:
         """The penalty's gradient, or what a decoupled one needs to know of the coming step."""
         first = self.step < self.round_ends[0]
@@ -307,7 +345,11 @@ class ADMMRun(MaskedRun):
                 continue
             if first:
                 self._set_first_rho(path, _norm(weight.grad), self.step + 1)
-            if rho := self._rho(path):
+            if not (rho := self._rho(path)):
+                continue
+            if (metric := self._metric.get(path)) is not None:
+                weight.grad.addcmul_(weight - anchor, metric, value=rho)
+            else:
                 weight.grad.add_(weight, alpha=rho).sub_(anchor, alpha=rho)
 
     def _pull_decoupled(self) -> None:
@@ -315,7 +357,11 @@ class ADMMRun(MaskedRun):
             weight = self.weight(path)
             if (old := self._old_weights.pop(path, None)) is not None and rate:
                 self._set_first_rho(path, _norm(old.sub_(weight)) / rate, self.step)
-            weight.lerp_(self.state["anchor"][path], min(1.0, rate * self._rho(path)))
+            share = rate * self._rho(path)
+            if (metric := self._metric.get(path)) is not None:
+                weight.lerp_(self.state["anchor"][path], (share * metric).clamp_(max=1.0).expand_as(weight))
+            else:
+                weight.lerp_(self.state["anchor"][path], min(1.0, share))
         self._rates.clear()
 
     def _set_first_rho(self, path: str, norm: Tensor, count: int) -> None:

@@ -149,6 +149,21 @@ class Dictionary(Pattern):
         return None
 
 
+@dataclass(frozen=True, eq=False)
+class Scaled(Pattern):
+    """``pattern`` in another norm: the member that is nearest by |(V - W) D|, D = diag(``scale``), ``scale (in)`` above
+    0. Z keeps V at the mask of ``pattern`` for V D, since a dropped v_ij costs (v_ij d_j)²."""
+
+    pattern: Pattern
+    scale: Tensor
+
+    def refusal(self, out_features: int, in_features: int) -> str | None:
+        return self.pattern.refusal(out_features, in_features)
+
+    def mask(self, values: Tensor) -> Tensor:
+        return self.pattern.mask(values * self.scale.to(values))
+
+
 @dataclass(frozen=True)
 class Int8Grid(Projection):
     """W[i] = a_i q_i with whole q from -127 to 127, where ``pattern`` allows a weight, and with |q| = 127 somewhere in
