@@ -377,7 +377,9 @@ class _Work:
             written = info.inspect(str(building))["file_bytes"]
             step.outcome = megabytes(written)
         reloaded = models.load(models.find(str(building)), device=self.device, dtype=torch.float32).model
-        scores, logits = self.measure("reload and measure", reloaded)
+        # A layer that quantizes x on the device it is for does so here too.
+        with sb.quantizing(reloaded):
+            scores, logits = self.measure("reload and measure", reloaded)
         sizes = sb.size_report(reloaded).to_dict()
         for entry in building.iterdir():
             entry.rename(self.place / entry.name)

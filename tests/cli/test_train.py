@@ -202,6 +202,14 @@ def test_it_ends_in_a_packed_checkpoint_that_says_the_same(plain, classifier, da
     assert not torch.equal(before["classifier.weight"], tensors(out)["classifier.weight"])
 
 
+def test_int8_is_measured_with_quantized_activations(base, tmp_path):
+    """Also where a CPU holds it as dense, which does not quantize x: the checkpoint is for devices that do."""
+    done = trained(*base, "--method", "admm", "--option", "rounds=3", "--target", "int8", "--out", tmp_path / "out")
+    assert done["largest_difference"] > 1e-5
+    done = trained(*base, "--method", "magnitude", "--target", "2:4", "--out", tmp_path / "other")
+    assert done["largest_difference"] <= 1e-6
+
+
 def test_it_says_what_came_of_it(plain, tmp_path):
     result = run(*plain, "--out", tmp_path / "out")
     said = " ".join(result.stdout.split())
