@@ -45,9 +45,6 @@ def test_a_recipe_fits_its_task(name):
     """Prepared on a small model for as many steps as it has: a schedule that does not fit is refused there."""
     recipe = recipes.load(name)
     assert recipe.task is not None
-    missing = [stage.method for stage in recipe.stages if stage.method not in METHODS]
-    if missing:
-        pytest.skip(f"there is no method {missing[0]} yet")
     model, plan = tiny_model(), None
     for stage in recipe.stages:
         steps = stage.total_steps(recipe.task.train_rows)
