@@ -37,10 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparsebert.bench.environment import device_label, environment  # noqa: E402
 from sparsebert.cli.recipes import arguments  # noqa: E402
-from sparsebert.configs import parse_config  # noqa: E402
-from sparsebert.formats import one_shot  # noqa: E402
-from sparsebert.methods import METHODS, Method, Run  # noqa: E402
-from sparsebert.plan import CompressionPlan, select  # noqa: E402
+from sparsebert.configs import LowRankConfig, LowRankSparseConfig, parse_config  # noqa: E402
+from sparsebert.methods import METHODS, SVD, Magnitude, Method, Run  # noqa: E402
+from sparsebert.plan import CompressionPlan  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -136,15 +135,9 @@ def _walk(value: Any, storages: dict[int, int], visited: set[int]) -> None:
 
 def compressed_(model: nn.Module, target: str) -> CompressionPlan:
     """Compresses ``model`` in one shot, in place, as what a method goes on from."""
-    configs, _ = select(model, parse_config(target))
-    factors = {}
-    for path, config in configs.items():
-        layer = model.get_submodule(path)
-        found = one_shot.approximate(layer.weight.detach(), config)
-        layer.weight.data = found.weight
-        if found.factors:
-            factors[path] = found.factors
-    return CompressionPlan(configs, factors)
+    config = parse_config(target)
+    one_shot = SVD if isinstance(config, LowRankConfig | LowRankSparseConfig) else Magnitude
+    return one_shot(config).prepare(model, total_steps=1).finalize()
 
 
 def build(name: str, case: Case, plan: CompressionPlan | None) -> Method:

@@ -545,7 +545,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
     ("config", "message"),
     [
         (sb.LowRankConfig(4), "low-rank:r4 is not a mask"),
-        (sb.NMConfig(2, 4, columns=0.5), "2:4@0.5: columns cannot be dropped little by little"),
+        (sb.NMConfig(2, 4, columns=0.5), "2:4@0.5 drops columns, which cannot go little by little"),
     ],
 )
 def test_configs_that_are_no_masks_are_refused(config, message):

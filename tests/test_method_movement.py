@@ -393,7 +393,7 @@ def test_defaults_fit_any_training(steps, start, end):
     ("config", "message"),
     [
         (sb.LowRankConfig(ratio=0.3), "is not a mask"),
-        (sb.NMConfig(2, 4, columns=0.5), "drops columns"),
+        (sb.NMConfig(2, 4, columns=0.5), "2:4@0.5 drops columns, which cannot go little by little"),
     ],
     ids=str,
 )

@@ -225,7 +225,7 @@ def test_it_is_not_finalized_before_its_target(make):
     "config, message",
     [
         (sb.LowRankConfig(rank=4), "low-rank:r4 is not a mask; expected an NMConfig or a BitmapConfig"),
-        (sb.NMConfig(2, 4, columns=0.5), "2:4@0.5 has groups of the columns that are kept"),
+        (sb.NMConfig(2, 4, columns=0.5), "2:4@0.5 drops columns, which cannot go little by little"),
     ],
 )
 def test_other_configs_are_refused(make, config, message):

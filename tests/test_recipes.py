@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsebert.cli import recipes
-from sparsebert.formats import one_shot
-from sparsebert.methods import METHODS
-from sparsebert.plan import CompressionPlan, select
+from sparsebert.methods import METHODS, SVD, Magnitude
 from sparsebert.roles import FAMILIES
 from tiny_models import tiny_model
 
@@ -56,19 +54,8 @@ def test_a_recipe_fits_its_task(name):
         if stage is not recipe.stages[-1]:
             # The next begins with a model like what this one ends in.
             model = tiny_model()
-            plan = compressed(model, selection)
-
-
-def compressed(model, selection) -> CompressionPlan:
-    configs, _ = select(model, selection)
-    factors = {}
-    for path, config in configs.items():
-        layer = model.get_submodule(path)
-        found = one_shot.approximate(layer.weight.detach(), config)
-        layer.weight.data = found.weight
-        if found.factors:
-            factors[path] = found.factors
-    return CompressionPlan(configs, factors)
+            one_shot = Magnitude if (stage.target or "").startswith("bitmap") else SVD
+            plan = one_shot(selection).prepare(model, total_steps=1).finalize()
 
 
 @pytest.mark.parametrize(("task", "steps"), STEPS_OF_SEVEN.items())

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsebert.configs import Config, NMConfig
+from sparsebert.configs import NMConfig
 from sparsebert.formats import bitmap
 from sparsebert.methods.base import Method, Run
 from sparsebert.methods.capture import Capture
-from sparsebert.methods.masked import MaskedRun, check_maskable
+from sparsebert.methods.masked import MaskedRun, check_maskable, kept_fraction
 from sparsebert.methods.maths import distillation, scores, thresholds
 from sparsebert.methods.maths.schedules import Updates, kept_in_group
 from sparsebert.methods.teacher import Teacher, check_teacher
@@ -106,10 +106,8 @@ class KnowledgePruningRun(MaskedRun):
         end = int(options.cooldown * total_steps)
         self.schedules: dict[str, Updates] = {}
         for path, config in self.configs.items():
-            if isinstance(config, NMConfig) and config.columns is not None:
-                raise ValueError(f"{self.method}: {path}: {config}: columns cannot be dropped little by little")
             self.finite_weight(path)
-            self.schedules[path] = Updates(_density(config), total_steps, options.updates, end)
+            self.schedules[path] = Updates(kept_fraction(config), total_steps, options.updates, end)
         self._check_pair(teacher)
         wanted = {
             "hidden": "embedding" in options.factors or "hidden" in options.factors,
@@ -227,7 +225,3 @@ class KnowledgePruningRun(MaskedRun):
     def _follow(self) -> None:
         super()._follow()
         self.teacher.to(next(self.model.parameters()).device)
-
-
-def _density(config: Config) -> float:
-    return config.n / config.m if isinstance(config, NMConfig) else config.density  # type: ignore[union-attr]

@@ -17,6 +17,7 @@ from sparsebert.formats import bitmap, low_rank, one_shot, rows
 from sparsebert.formats.common import wide
 from sparsebert.methods.base import Kind, Method, Run
 from sparsebert.methods.factored import FactoredRun
+from sparsebert.methods.masked import kept_fraction
 from sparsebert.methods.maths import schedules, scores, thresholds
 from sparsebert.methods.scored import check_count, check_decay, check_granularity
 from sparsebert.plan import CompressionPlan, Selection
@@ -104,7 +105,8 @@ class LoSparseRun(FactoredRun):
         end = int(0.275 * total_steps) if options.end is None else options.end
         # Each kind of S has its own goal, and they share the way to it.
         self.schedules = {
-            path: schedules.Cubic(self._fraction(path), total_steps, start, end, self.window) for path in self.configs
+            path: schedules.Cubic(kept_fraction(self._sparse(path)), total_steps, start, end, self.window)
+            for path in self.configs
         }
         self._start, self._last = start, total_steps - max(end, 1)
         if self._last < self.window:
@@ -200,12 +202,6 @@ class LoSparseRun(FactoredRun):
     def _by_rows(self, path: str) -> bool:
         """Whether one number a row says all: the mean of a product Ī U is not the product of means."""
         return isinstance(self._sparse(path), RowsConfig) and self.options.beta2 == 1
-
-    def _fraction(self, path: str) -> float:
-        sparse = self._sparse(path)
-        if isinstance(sparse, NMConfig):
-            return sparse.n / sparse.m
-        return sparse.density if isinstance(sparse, BitmapConfig) else sparse.ratio
 
     def _split(self, path: str) -> dict[str, Tensor]:
         weight = self.finite_weight(path)

@@ -33,7 +33,7 @@ class MagnitudeRun(MaskedRun):
     @torch.no_grad()
     def __init__(self, model: nn.Module, selection: Selection, total_steps: int) -> None:
         super().__init__(model, selection, total_steps)
-        check_maskable(self.method, self.configs)
+        check_maskable(self.method, self.configs, columns=True)
         # All masks before the first edit, so that a bad weight leaves the model as it was.
         self.state["mask"] = {
             path: one_shot.magnitude_mask(self.finite_weight(path), config)  # type: ignore[arg-type]

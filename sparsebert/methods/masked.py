@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparsebert.configs import BitmapConfig, Config, NMConfig
+from sparsebert.configs import BitmapConfig, Config, NMConfig, RowsConfig, SparseConfig
 from sparsebert.methods.base import Kind, Run
 from sparsebert.plan import CompressionPlan
 
@@ -58,11 +58,25 @@ def drop_(weight: Tensor, mask: Tensor) -> None:
     weight.masked_fill_(mask.logical_not(), 0.0)
 
 
-def check_maskable(method: str, configs: Mapping[str, Config]) -> None:
-    """``ValueError`` unless every config is a mask over the weight: n:m or bitmap."""
+def check_maskable(method: str, configs: Mapping[str, Config], *, columns: bool = False) -> None:
+    """``ValueError`` unless every config is a mask over the weight: n:m, where ``columns`` say so also with columns, or
+    bitmap."""
     for path, config in configs.items():
         if not isinstance(config, NMConfig | BitmapConfig):
             raise ValueError(f"{method}: {path}: {config} is not a mask; expected an NMConfig or a BitmapConfig")
+        if isinstance(config, NMConfig) and config.columns is not None and not columns:
+            # While a mask shrinks nobody knows which columns are kept, and so not which groups there are.
+            raise ValueError(
+                f"{method}: {path}: {config} drops columns, which cannot go little by little; expected an NMConfig "
+                f"without columns"
+            )
+
+
+def kept_fraction(config: Config | SparseConfig) -> float:
+    """The part of a weight, or of the sparse part of one, that ``config`` keeps."""
+    if isinstance(config, NMConfig):
+        return config.n / config.m
+    return config.ratio if isinstance(config, RowsConfig) else config.density  # type: ignore[union-attr]
 
 
 def configs_of_masks(configs: Mapping[str, Config], masks: Mapping[str, Tensor]) -> dict[str, Config]:

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sparsebert.configs import BitmapConfig, NMConfig
+from sparsebert.configs import BitmapConfig
 from sparsebert.formats.bitmap import keep_count
 from sparsebert.methods.base import Kind, Method, Run
-from sparsebert.methods.masked import MaskedRun, check_maskable
+from sparsebert.methods.masked import MaskedRun, check_maskable, kept_fraction
 from sparsebert.methods.maths.adam import adam_step_
 from sparsebert.methods.maths.schedules import Cubic, kept_in_group
 from sparsebert.methods.maths.thresholds import largest, largest_in_groups
@@ -98,10 +98,7 @@ class MovementRun(MaskedRun):
         end = total_steps // 5 if method.end is None else method.end
         self._schedules: dict[str, Cubic] = {}
         for path, config in self.configs.items():
-            if isinstance(config, NMConfig) and config.columns is not None:
-                raise ValueError(f"{self.method}: {path}: {config} drops columns, expected an NMConfig without")
-            final = config.n / config.m if isinstance(config, NMConfig) else config.density  # type: ignore[union-attr]
-            self._schedules[path] = Cubic(final, total_steps, start, end, method.every)
+            self._schedules[path] = Cubic(kept_fraction(config), total_steps, start, end, method.every)
             self.finite_weight(path)
             if not self.weight(path).requires_grad:
                 raise ValueError(f"{self.method}: {path}: weight is frozen, and scores learn from its gradient")

@@ -8,6 +8,7 @@ density that each came out with).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -52,11 +53,6 @@ class Budget:
                     f"{run.method}: {path}: weight does not require grad, so it has no score; leave it out"
                 )
             if isinstance(config, NMConfig):
-                if config.columns is not None:
-                    raise ValueError(
-                        f"{run.method}: {path}: {config} has groups of the columns that are kept, which are known only "
-                        f"at the end; expected an NMConfig without columns"
-                    )
                 self.groups[path] = config
             elif isinstance(config, BitmapConfig):
                 self.pools.append(([path], keep_count(config.density, *weight.shape), weight.numel()))
@@ -150,13 +146,13 @@ class ScoredOnceRun(ScoredRun):
             raise ValueError(f"{self.method}: batches is {batches}, expected at most the {total_steps} steps there are")
         self.batches = batches
 
+    @abstractmethod
     def gather(self, count: int) -> None:
         """Adds the ``count``-th batch (from 1) to the scores."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scores(self) -> dict[str, Tensor]:
         """Path -> score, which may be overwritten."""
-        raise NotImplementedError
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.step >= self.batches:
