@@ -11,7 +11,8 @@ from torch import nn
 import sparsebert as sb
 from sparsebert.formats import int8, nm
 from sparsebert.methods import ADMM, Block, Dictionary
-from sparsebert.methods.maths.projections import Largest
+from sparsebert.methods.maths import layerwise
+from sparsebert.methods.maths.projections import Int8Grid, Largest, Scaled
 from tiny_models import tiny_model, tokens
 
 CONFIG = sb.NMConfig(2, 4)
@@ -136,82 +137,6 @@ def test_a_decoupled_pull_is_outside_of_the_optimizer():
     assert run.residuals["layer"].out_of_pattern == pytest.approx(gap / (gap + 3.625**2 + 7.625**2))
 
 
-# |W| of (4, 0, 3, 8) by norms of (1, 1, 3, 1): D² = (1, 1, 9, 1) / 3, so the third and fourth stay and W - Z is
-# (4, 0, 0, 0), whose pull has the length 4 / 3. |G| is 2: rho = 0.75 * 2 * 3 / 4 = 1.125.
-NORMS = {"layer": torch.tensor([1.0, 1.0, 3.0, 1.0])}
-
-
-def test_input_norms_weigh_pattern_and_pull():
-    model = one_layer([4.0, 0.0, 3.0, 8.0])
-    run, optimizer = start(model, total_steps=4, admm=0.5, rounds=1, rho=0.75, input_norms=NORMS)
-    step(model, optimizer)
-    assert state(run, "rho") == pytest.approx([1.125])
-    # G + rho (W - Z) D² = (1 + 1.125 * 4 / 3, 1, 1, 1)
-    assert model.layer.weight[0].tolist() == pytest.approx([2.75, -0.5, 2.5, 7.5])
-    for _ in range(3):
-        step(model, optimizer, (0.0, 0.0, 0.0, 0.0))
-    assert run.masks["layer"].tolist() == [[False, False, True, True]]
-
-
-def test_input_norms_weigh_a_decoupled_pull():
-    model = one_layer([4.0, 0.0, 3.0, 8.0])
-    _, optimizer = start(model, total_steps=4, admm=0.5, rounds=1, rho=0.75, input_norms=NORMS, decoupled=True)
-    # (3.5, -0.5, 2.5, 7.5) after the optimizer; then 0.5 * 1.125 D² of the way to (0, 0, 3, 8), but never further than
-    # all of it: 0.1875, 0.1875, 1, 0.1875.
-    step(model, optimizer)
-    assert model.layer.weight[0].tolist() == pytest.approx([3.5 * 0.8125, -0.5 * 0.8125, 3.0, 7.5 + 0.5 * 0.1875])
-
-
-def test_norms_of_one_change_nothing():
-    found = []
-    for norms in (None, 2.5):
-        model = tiny_model()
-        path = "bert.encoder.layer.0.output.dense"
-        options = {} if norms is None else {"input_norms": {path: torch.full((64,), norms)}}
-        run = ADMM({path: CONFIG}, rho=1.0, **options).prepare(model, total_steps=10)
-        train(model, run, 8)
-        found.append((run.masks[path], run.weight(path).detach().clone()))
-    assert torch.equal(found[0][0], found[1][0])
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("norms", "message"),
-    [
-        ({}, r"layer: input_norms has shape None, expected \(4,\)"),
-        ({"layer": torch.ones(3)}, r"layer: input_norms has shape \(3,\), expected \(4,\)"),
-        ({"layer": torch.zeros(4)}, "layer: input_norms holds no norms"),
-        ({"layer": torch.tensor([1.0, -1.0, 1.0, 1.0])}, "layer: input_norms holds no norms"),
-        ({"layer": torch.tensor([1.0, float("nan"), 1.0, 1.0])}, "layer: input_norms holds no norms"),
-    ],
-)
-def test_norms_that_do_not_fit_are_refused(norms, message):
-    with pytest.raises(ValueError, match=message):
-        start(one_layer([4.0, 0.0, 3.0, 8.0]), total_steps=4, input_norms=norms)
-
-
-def test_a_dictionary_takes_no_norms():
-    with pytest.raises(ValueError, match="input_norms and a Dictionary do not go together"):
-        ADMM({"layer": CONFIG}, projection=Dictionary(1, 4, 2), input_norms=NORMS)
-
-
-def test_input_norms_are_root_mean_squares():
-    model = tiny_model().train()
-    path = "bert.encoder.layer.1.intermediate.dense"
-    twin, seen = copy.deepcopy(model).eval(), []
-    twin.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    batches = [{"input_ids": tokens()}, {"input_ids": tokens()[:1, :3]}]
-    found = sb.methods.input_norms(model, batches, {path: CONFIG})
-    for batch in batches:
-        twin(**batch)
-    assert model.training and all(module.training for module in model.modules())
-    assert not model.get_submodule(path)._forward_pre_hooks
-    flat = torch.cat([x.flatten(0, 1) for x in seen])
-    torch.testing.assert_close(found, {path: flat.square().mean(0).sqrt()})
-    with pytest.raises(ValueError, match="no batch came through this layer"):
-        sb.methods.input_norms(model, [], {path: CONFIG})
-
-
 def test_rho_of_zero_is_plain_training():
     plain = tiny_model()
     train(plain, None, 4)
@@ -296,6 +221,190 @@ def test_out_of_pattern_energy_falls_every_round(config, lr):
     assert all(later < earlier for earlier, later in zip(found, found[1:], strict=False)), found
     assert all(run.residuals[path].out_of_pattern < before[path].out_of_pattern for path in run.configs)
     assert set(run.metrics()) == {"sparsity", "primal", "dual_residual", "out_of_pattern", "rho", "round"}
+
+
+# the first phase, layer by layer
+
+
+def test_golden_rounds_of_a_layer():
+    """By hand: independent inputs, so C is diagonal and every weight is on its own."""
+    model = one_layer([4.0, 3.0, 1.0, 8.0])
+    moment = torch.diag(torch.tensor([1.0, 4.0, 36.0, 1.0]))
+    run, optimizer = start(model, total_steps=2, input_moments={"layer": moment}, rounds=2, rho=1.0, rho_growth=1.0)
+    # D = (1, 2, 6, 1): |w d| = (4, 6, 6, 8), and of the two that are equal the earlier stays: Z = (0, 3, 0, 8), U = 0.
+    # With C D^-2 = 1 + DAMPING = c: W = (c W_0 + Z) / (c + 1), that is (4 r, 3, r, 8) with r = c / (c + 1); W + U
+    # keeps the same, so U = (4 r, 0, r, 0). Then W = (4 (c - r) / (c + 1), 3, (c - r) / (c + 1), 8), and what W + U
+    # has at the first and third still is below: 4 s, 6 s with s = r + (c - r) / (c + 1) against 6 and 8.
+    c = 1 + layerwise.DAMPING
+    r = c / (c + 1)
+    outside = (c - r) / (c + 1)
+    w = (4 * outside, 3.0, outside, 8.0)
+    gap, whole = 17 * outside**2, sum(x * x for x in w)
+    found = run.residuals["layer"]
+    assert found.primal == pytest.approx((gap / whole) ** 0.5) and found.dual_residual == pytest.approx(0.0)
+    assert found.out_of_pattern == pytest.approx(gap / whole)
+    assert model.layer.weight.tolist() == [[0.0, pytest.approx(3.0), 0.0, pytest.approx(8.0)]]
+    assert run.metrics()["round"] == 2.0 and run.metrics()["rho"] == 1.0 and run.metrics()["sparsity"] == 0.5
+    assert set(run.state) == {"mask", "rho", "primal", "dual_residual", "out_of_pattern"}
+    step(model, optimizer)
+    assert model.layer.weight.tolist() == [[0.0, pytest.approx(2.5), 0.0, pytest.approx(7.5)]]
+
+
+def covariance(columns, seed=0, samples=4096):
+    """Of inputs that a few hidden numbers make, up to some noise, and of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(samples, columns // 4, generator=generator, dtype=torch.float64)
+    x = hidden @ torch.randn(columns // 4, columns, generator=generator, dtype=torch.float64)
+    x += torch.randn(samples, columns, generator=generator, dtype=torch.float64)
+    x *= torch.logspace(-1, 1, columns, dtype=torch.float64)[torch.randperm(columns, generator=generator)]
+    return x.t() @ x / samples
+
+
+def output_error(weight, moment, reference):
+    off = weight.double() - reference.double()
+    return float(((off @ moment) * off).sum() / ((reference.double() @ moment) * reference.double()).sum())
+
+
+def layer_run(config, *, rows=16, columns=32, dtype=torch.float32, **options):
+    model = nn.Module()
+    torch.manual_seed(1)
+    model.layer = nn.Linear(columns, rows).to(dtype)
+    before, moment = model.layer.weight.detach().clone(), covariance(columns)
+    method = ADMM({"layer": config}, input_moments={"layer": moment}, **options)
+    return model, method.prepare(model, total_steps=4), before, moment
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, sb.NMConfig(1, 4), sb.BitmapConfig(0.5), JOINT, sb.Int8Config(weights=sb.NMConfig(4, 8))],
+    ids=str,
+)
+def test_a_layer_keeps_its_outputs_far_better_than_by_its_largest_weights(config):
+    model, run, before, moment = layer_run(config)
+    grid = isinstance(config, sb.Int8Config)
+    pattern = Largest(config.weights if grid else config)
+    largest = Int8Grid(pattern)(before) if grid else pattern(before)
+    scale = moment.diagonal().sqrt()
+    wanda = Scaled(pattern, scale)(before)
+    ours = output_error(model.layer.weight.detach(), moment, before)
+    assert ours < 0.5 * output_error(wanda, moment, before) < 0.5 * output_error(largest, moment, before)
+    assert run.finalize().layers["layer"] == config
+
+
+def test_rounds_come_near_the_best_weight_of_their_mask():
+    """Against least squares on the support, row by row in float64."""
+    model, run, before, moment = layer_run(CONFIG, dtype=torch.float64)
+    best = torch.zeros_like(before)
+    damped = moment + layerwise.DAMPING * moment.diag().diag()
+    for row, mask in enumerate(run.masks["layer"]):
+        best[row, mask] = torch.linalg.solve(damped[mask][:, mask], damped[mask] @ before[row])
+    ours, least = (output_error(w, moment, before) for w in (model.layer.weight.detach(), best))
+    assert least <= ours < 1.05 * least
+    assert run.residuals["layer"].primal < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_weight_of_a_round_is_the_minimum(dtype):
+    """Its gradient is zero: (W - W_0) C + rho (W - A) D² with the damped C, in float64."""
+    torch.manual_seed(0)
+    weight, anchor, moment = torch.randn(6, 24), torch.randn(6, 24).to(dtype), covariance(24)
+    layer = layerwise.OutputError(weight.to(dtype), moment)
+    torch.testing.assert_close(layer.scale.double(), moment.diagonal().sqrt(), rtol=1e-6, atol=0)
+    found = layer.minimum(anchor, 0.3)
+    assert found.dtype == dtype
+    d = moment.diagonal()
+    pull = 0.3 * d
+    form = moment + layerwise.DAMPING * d.diag() + pull.diag()
+    expected = torch.linalg.solve(
+        form, weight.to(dtype).double() @ (form - pull.diag()) + anchor.double() * pull, left=False
+    )
+    rtol, atol = {torch.float64: (1e-8, 1e-8), torch.float32: (1e-3, 1e-4)}.get(dtype, (1e-2, 1e-2))
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=atol)
+
+
+def test_inputs_that_were_always_zero_may_lose_their_weights_first():
+    moment = torch.diag(torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    model = one_layer([9.0, 1.0, 2.0, 8.0])
+    run, _ = start(model, total_steps=2, input_moments={"layer": moment})
+    assert run.masks["layer"].tolist() == [[False, True, True, False]]
+    torch.testing.assert_close(model.layer.weight.detach(), torch.tensor([[0.0, 1.0, 2.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        ({}, "layer: has no input_moments"),
+        ({"layer": torch.ones(4)}, r"layer: its moment is \(4,\), expected \(4, 4\)"),
+        ({"layer": torch.zeros(4, 4)}, r"layer: its moment is not E\[x x\^T\]"),
+        ({"layer": -torch.eye(4)}, r"layer: its moment is not E\[x x\^T\]"),
+        ({"layer": torch.full((4, 4), torch.nan)}, r"layer: its moment is not E\[x x\^T\]"),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused(moments, message):
+    model = one_layer([4.0, 0.0, 3.0, 8.0])
+    with pytest.raises(ValueError, match=message):
+        start(model, total_steps=4, input_moments=moments)
+    assert model.layer.weight.tolist() == [[4.0, 0.0, 3.0, 8.0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"admm": 0.5}, "expected no admm, no decoupled"),
+        ({"decoupled": True}, "expected no admm, no decoupled"),
+        ({"projection": Dictionary(1, 4, 2)}, "input_moments and a Dictionary do not go together"),
+        ({"rho": 0.0}, "rho is 0, expected more with input_moments"),
+    ],
+)
+def test_options_that_mean_nothing_to_a_layer_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ADMM({"layer": CONFIG}, input_moments={"layer": torch.eye(4)}, **options)
+
+
+@pytest.mark.parametrize("finish", ["frozen", "sr-ste"])
+@pytest.mark.parametrize("config", [CONFIG, JOINT], ids=str)
+def test_a_layer_run_trains_resumes_and_packs(config, finish):
+    """As any other from its first step on: stopped after three steps of six, resumed on a model made anew."""
+    options = {"finish": finish, "every": 2, "freeze": 0.2} if finish == "sr-ste" else {}
+    moments = sb.methods.input_moments(tiny_model(), [{"input_ids": tokens()}], config)
+    method = ADMM(config, input_moments=moments, **options)
+
+    def begin():
+        model = tiny_model()
+        return model, method.prepare(model, total_steps=6)
+
+    model, run = begin()
+    train(model, run, 6)
+    whole = {path: run.weight(path).detach().clone() for path in run.configs}
+    sb.compress_(model, run.finalize())
+    model, run = begin()
+    optimizer = train(model, run, 3)
+    saved = copy.deepcopy((model.state_dict(), run.state_dict(), optimizer.state_dict()))
+    model, run = begin()
+    model.load_state_dict(saved[0])
+    run.load_state_dict(saved[1])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    optimizer.load_state_dict(saved[2])
+    train(model, run, 3, optimizer, first=3)
+    for path, weight in whole.items():
+        assert torch.equal(run.weight(path), weight), path
+
+
+def test_input_moments_are_means_over_tokens():
+    model = tiny_model().train()
+    path = "bert.encoder.layer.1.intermediate.dense"
+    twin, seen = copy.deepcopy(model).eval(), []
+    twin.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    batches = [{"input_ids": tokens()}, {"input_ids": tokens()[:1, :3]}]
+    found = sb.methods.input_moments(model, batches, {path: CONFIG})
+    for batch in batches:
+        twin(**batch)
+    assert model.training and all(module.training for module in model.modules())
+    assert not model.get_submodule(path)._forward_pre_hooks
+    flat = torch.cat([x.flatten(0, 1) for x in seen])
+    torch.testing.assert_close(found, {path: flat.t() @ flat / len(flat)})
+    with pytest.raises(ValueError, match="no batch came through this layer"):
+        sb.methods.input_moments(model, [], {path: CONFIG})
 
 
 # the second phase

@@ -159,7 +159,7 @@ def test_training_batches_are_fixed_by_the_seed_and_show_every_text_each_epoch()
 
 
 def test_the_learning_rate_warms_up_and_falls_to_almost_nothing():
-    recipe = demo.Recipe(steps=100, learning_rate=1.0, warmup=0.1)
+    recipe = demo.Recipe(steps=100, warmup=0.1)
     rates = [recipe.rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1.0
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
@@ -169,8 +169,8 @@ def test_the_learning_rate_warms_up_and_falls_to_almost_nothing():
         demo.Recipe(steps=0)
 
 
-def scores(dense: float, one_shot: float, recovered: float) -> dict[str, RetrievalScore]:
-    named = {"dense": dense, "one_shot": one_shot, "recovered": recovered, "reloaded": recovered}
+def scores(dense: float, one_shot: float, recovered: float, masked: float = 0.0) -> dict[str, RetrievalScore]:
+    named = {"dense": dense, "one_shot": one_shot, "masked": masked, "recovered": recovered, "reloaded": recovered}
     return {name: RetrievalScore(value, value, 500) for name, value in named.items()}
 
 
@@ -199,6 +199,16 @@ def test_the_demo_fails_where_half_or_less_came_back(recovered):
     ours = (torch.rand(3, 4), torch.rand(3, 4))
     verdict = demo.judge(scores(0.625, 0.375, recovered), ours, reloaded(*ours))
     assert not verdict["passed"] and "expected more than 50 %" in verdict["failures"][0]
+
+
+def test_the_demo_fails_where_admm_is_worse_than_holding_the_mask():
+    ours = (torch.rand(3, 4), torch.rand(3, 4))
+    verdict = demo.judge(scores(0.6, 0.4, 0.55, masked=0.55), ours, reloaded(*ours))
+    assert verdict["passed"] and verdict["masked_share"] == pytest.approx(0.75)
+    verdict = demo.judge(scores(0.6, 0.4, 0.55, masked=0.5501), ours, reloaded(*ours))
+    assert verdict["failures"] == [
+        "ADMM and distillation give MRR@10 0.5500, expected at least the 0.5501 of holding the mask"
+    ]
 
 
 def test_the_demo_fails_where_pruning_lost_nothing():
@@ -234,7 +244,7 @@ def test_the_demo_on_the_real_model_and_a_handful_of_texts(tmp_path, monkeypatch
         result = demo.run_demo(out=tmp_path / "out", steps=2, console=console)
     except demo.DemoFailed as failure:
         # Two steps need not win anything back; all the rest must hold.
-        assert "recover" in str(failure)
+        assert "recover" in str(failure) or "ADMM and distillation give" in str(failure)
         result = failure.result
     written = json.loads((tmp_path / "out" / "demo.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(result))
@@ -243,6 +253,8 @@ def test_the_demo_on_the_real_model_and_a_handful_of_texts(tmp_path, monkeypatch
     # Guessing among 40 gives 0.07.
     assert quality["dense"] > 0.5
     assert quality["reloaded"] == quality["recovered"]
+    assert quality.keys() == {"dense", "one_shot", "masked", "admm", "recovered", "reloaded"}
+    assert result["convergence"]["sparsity"] == pytest.approx(0.5, abs=1e-4)
     sizes = result["sizes"]
     # fp32 values and 2-bit positions: 17 bits a weight instead of 32, and biases.
     assert 17 / 32 < sizes["packed"]["encoder"]["disk_bytes"] / sizes["dense"]["encoder"]["disk_bytes"] < 0.54
@@ -251,5 +263,13 @@ def test_the_demo_on_the_real_model_and_a_handful_of_texts(tmp_path, monkeypatch
     assert "36 layers held as" in result["ran"]["packed"]
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     text = shown.getvalue()
-    for expected in ("MRR@10", "encoder linears", "whole model", "1 x 8", "brings no speed on a CPU", "bit for bit"):
+    for expected in (
+        "MRR@10",
+        "encoder linears",
+        "whole model",
+        "1 x 8",
+        "brings no speed on a CPU",
+        "bit for bit",
+        "ADMM",
+    ):
         assert expected in text

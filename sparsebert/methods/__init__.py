@@ -1,7 +1,7 @@
 """Training and one-shot methods. Each ends in a plain dense model with exact zeros and a ``CompressionPlan``."""
 
 from sparsebert.methods import allocation
-from sparsebert.methods.activations import input_norms
+from sparsebert.methods.activations import input_moments
 from sparsebert.methods.admm import ADMM
 from sparsebert.methods.base import Method, Run
 from sparsebert.methods.fixed_factors import FactorTuning
@@ -55,6 +55,6 @@ __all__ = [
     "Snip",
     "allocation",
     "fisher_row_weights",
-    "input_norms",
+    "input_moments",
     "permute_channels_",
 ]

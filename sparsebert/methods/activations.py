@@ -1,4 +1,4 @@
-"""How large the inputs of each layer are, column by column: what weighs a weight's error in the layer's output."""
+"""The second moments of each layer's inputs: all that the error of a layer's outputs depends on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sparsebert.plan import Selection, select
 
 
 @torch.no_grad()
-def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Any]], selection: Selection) -> dict[str, Tensor]:
-    """Path -> ``(in)``, the root mean square of each input of every layer that ``selection`` chooses.
+def input_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], selection: Selection) -> dict[str, Tensor]:
+    """Path -> ``(in, in)``, C = E[x x^T] over the inputs x of every layer that ``selection`` chooses.
 
-    |w_ij| times the norm of input j is Wanda's score (Sun, Liu, Bair, Kolter: A Simple and Effective Pruning Approach
-    for Large Language Models, ICLR 2024): how far the layer's output moves without the weight, the other inputs being
-    independent of this one. ``batches`` are what the model is called with; means are over all tokens, padding too. The
-    model computes in evaluation mode and is left in the mode it was in.
+    With another weight V in place of W a layer's outputs are off by E|(V - W) x|² = tr((V - W) C (V - W)^T).
+    ``batches`` are what the model is called with; the mean is over all tokens, padding too. The model computes in
+    evaluation mode and is left in the mode it was in. fp32, or fp64 where the inputs are. Memory: in² numbers for each
+    layer.
 
     ``ValueError`` without batches, for a layer that no batch reaches, and for inputs that are NaN or infinite.
     """
@@ -29,8 +29,10 @@ def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Any]], selectio
 
     def listen(path: str, x: Tensor) -> None:
         flat = x.detach().flatten(0, -2)
-        power = flat.to(wide(flat.dtype)).square().sum(0)
-        sums[path] = sums[path] + power if path in sums else power
+        flat = flat.to(wide(flat.dtype))
+        if path not in sums:
+            sums[path] = flat.new_zeros(flat.shape[1], flat.shape[1])
+        sums[path].addmm_(flat.t(), flat)
         counts[path] += len(flat)
 
     handles = [
@@ -47,11 +49,9 @@ def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Any]], selectio
             module.training = True
         for handle in handles:
             handle.remove()
-    found = {}
     for path, count in counts.items():
         if not count:
-            raise ValueError(f"input_norms: {path}: no batch came through this layer")
-        found[path] = (sums[path] / count).sqrt()
-        if not torch.isfinite(found[path]).all():
-            raise ValueError(f"input_norms: {path}: inputs hold NaN or infinities")
-    return found
+            raise ValueError(f"input_moments: {path}: no batch came through this layer")
+        if not torch.isfinite(sums[path].div_(count)).all():
+            raise ValueError(f"input_moments: {path}: inputs hold NaN or infinities")
+    return sums

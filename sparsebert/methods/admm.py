@@ -6,6 +6,10 @@ Statistical Learning via ADMM, 2011), in its scaled form. Zhang et al.: A System
 ADMM (ECCV 2018) prune with it; Holmes, Zhang, He, Wu: NxMTransformer (NeurIPS 2021) do so with n:m on BERT; the pattern
 of a fixed number of weights in each block, and the quantized set, follow the abstract of arXiv 2407.08334 (2024), of
 which there is no public code. So every default here is our own choice.
+
+With the outputs of each layer in place of the task's loss, the first phase is a sequence of least squares: Boza: Fast
+and Effective Weight Update for Pruned Large Language Models (TMLR 2024); Meng, Behdin, Wang, Mazumder: ALPS: Improved
+Optimization for Highly Sparse One-Shot Pruning for Large Language Models (NeurIPS 2024).
 """
 
 from __future__ import annotations
@@ -23,14 +27,16 @@ from sparsebert.formats import bitmap
 from sparsebert.formats.common import wide
 from sparsebert.methods.base import Kind, Method, Run
 from sparsebert.methods.masked import MaskedRun, drop_
+from sparsebert.methods.maths.layerwise import OutputError, check_moment
 from sparsebert.methods.maths.projections import Block, Dictionary, Int8Grid, Largest, Pattern, Scaled, on_grid
 from sparsebert.methods.maths.scores import update_mean_
 from sparsebert.methods.straight_through import hide_, reveal_
 from sparsebert.plan import CompressionPlan, Selection
 
 FINISHES = ("frozen", "sr-ste")
-# Rounds of the first phase, where it has as many steps.
-ROUNDS = 10
+# Rounds of the first phase, where it has as many steps, and what rho grows by: some 15-fold in all, in both forms.
+ROUNDS, GROWTH = 10, 1.3
+LAYER_ROUNDS, LAYER_GROWTH = 30, 1.1
 # A layer that obeys its pattern already would get an infinite rho: it counts as this part of |W| away.
 _LEAST_GAP = 1e-3
 
@@ -45,6 +51,9 @@ class Residuals(NamedTuple):
     primal: float
     dual_residual: float
     out_of_pattern: float
+
+
+_FIRST_PHASE = frozenset({"anchor", "dual", "gap", "gradient", "rho", *Residuals._fields})
 
 
 class ADMM(Method):
@@ -75,15 +84,21 @@ class ADMM(Method):
     projection's density, an ``NMConfig(n, m)`` takes tiles of 1 x m with n weights, and ``columns`` take none.
 
     ``rho``: the first rho of a layer is such that its penalty's gradient has ``rho`` times the norm of the layer's
-    gradient: rho_1 = ``rho`` mean|G| / |(W_0 - Z_0) D²|, the mean over the steps of the first round so far. 0 is plain
+    gradient: rho_1 = ``rho`` mean|G| / |W_0 - Z_0|, the mean over the steps of the first round so far. 0 is plain
     training. ``decoupled``: W <- W - lr rho (W - Z + U) after the optimizer's step instead, outside of what Adam
-    normalizes; |G| is then |step of the optimizer| / lr. ``rounds`` None: 10, or one a step where there are fewer.
+    normalizes; |G| is then |step of the optimizer| / lr. ``rounds`` and ``rho_growth`` None: 10 rounds, or one a step
+    where there are fewer, and 1.3; 30 and 1.1 with ``input_moments``.
 
-    ``input_norms``: path -> ``(in)`` for every layer, as ``methods.input_norms`` measures it; errors of a weight then
-    count by how large its input is. With D the diagonal of these norms over their root mean square, the penalty is
-    rho_l / 2 |(W_l - Z_l + U_l) D|², so its gradient is rho (W - Z + U) D², and P_S is the projection in that norm:
-    the n largest |v_ij| d_j (our own choice; the score is Wanda's, Sun et al., ICLR 2024). None: D = 1. A resumed run
-    needs the same ones.
+    ``input_moments``: path -> ``(in, in)``, C = E[x x^T] for every layer, as ``methods.input_moments`` measures it. The
+    first phase is then solved in ``prepare``, layer by layer, and all training steps belong to the second. It asks for
+    the outputs that the layer has, a distillation of each: f(W) = E|(W - W_0) x|² / 2, whose W-step is exact::
+
+        W <- (W_0 C + rho (Z - U) D²) (C + rho D²)^-1    D = diag(C)^(1/2)
+
+    and the last Z is where W starts. The penalty is rho / 2 |(W - Z + U) D|² and P_S the projection in that norm, the n
+    largest |v_ij| d_j (our own choice, as is ``rho``, here as it stands, growing up to ``rho_max`` of it; the int8 grid
+    is projected on in the plain norm, once the pattern is chosen). A resumed run needs moments too, whose result its
+    state replaces. ``admm`` and ``decoupled`` have no meaning then.
 
     Published code differs: it penalizes the unsquared norm and starts with Z = W (pytorch-admm-pruning), where the
     first round only holds weights in place; here the norm is squared and Z projected.
@@ -99,20 +114,27 @@ class ADMM(Method):
         *,
         projection: Block | Dictionary | None = None,
         rounds: int | None = None,
-        admm: float = 0.6,
+        admm: float | None = None,
         rho: float = 0.1,
-        rho_growth: float = 1.3,
+        rho_growth: float | None = None,
         rho_max: float = 100.0,
         finish: str = "frozen",
         sr_ste_decay: float = 2e-4,
         every: int = 5,
         freeze: float = 0.1,
         decoupled: bool = False,
-        input_norms: Mapping[str, Tensor] | None = None,
+        input_moments: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(config)
         if projection is not None and not isinstance(projection, Block | Dictionary):
             raise TypeError(f"ADMM: projection is {type(projection).__name__}, expected Block, Dictionary or None")
+        layerwise = input_moments is not None
+        if layerwise and (admm is not None or decoupled):
+            raise ValueError("ADMM: with input_moments the first phase takes no steps: expected no admm, no decoupled")
+        if layerwise and isinstance(projection, Dictionary):
+            raise ValueError("ADMM: input_moments and a Dictionary do not go together; its patterns are fitted to |w|")
+        admm = 0.6 if admm is None else admm
+        rho_growth = (LAYER_GROWTH if layerwise else GROWTH) if rho_growth is None else rho_growth
         for name, count in (("rounds", rounds), ("every", every)):
             if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
                 raise ValueError(f"ADMM: {name} is {count!r}, expected a positive int")
@@ -128,6 +150,12 @@ class ADMM(Method):
             raise ValueError(f"ADMM: finish is {finish!r}, expected one of {', '.join(FINISHES)}")
         if not 0 < admm <= 1:
             raise ValueError(f"ADMM: admm is {admm}, expected a fraction of the steps above 0")
+        if layerwise:
+            admm = 0.0
+            if not rho:
+                raise ValueError(
+                    "ADMM: rho is 0, expected more with input_moments: nothing would hold W to the pattern"
+                )
         if not 0 <= freeze < 1 or (finish == "sr-ste" and admm + freeze > 1):
             raise ValueError(f"ADMM: admm is {admm} and freeze {freeze} of the steps, expected at most 1 together")
         self.projection = projection
@@ -141,9 +169,7 @@ class ADMM(Method):
         self.every = every
         self.freeze = freeze
         self.decoupled = decoupled
-        if input_norms is not None and isinstance(projection, Dictionary):
-            raise ValueError("ADMM: input_norms and a Dictionary do not go together; its patterns are fitted to |w|")
-        self.input_norms = input_norms
+        self.input_moments = input_moments
 
     def prepare(self, model: nn.Module, *, total_steps: int, teacher: nn.Module | None = None) -> Run:
         self._refuse_teacher(teacher)
@@ -164,41 +190,39 @@ class ADMMRun(MaskedRun):
     def __init__(self, model: nn.Module, method: ADMM, total_steps: int) -> None:
         super().__init__(model, method.config, total_steps)
         self.options = method
-        self.admm_steps = max(1, round(method.admm * total_steps))
-        rounds = min(ROUNDS, self.admm_steps) if method.rounds is None else method.rounds
-        if rounds > self.admm_steps:
-            raise ValueError(
-                f"ADMM: {rounds} rounds do not fit the {self.admm_steps} steps of the first phase "
-                f"({method.admm:g} of {total_steps})"
-            )
-        # Rounds as equal as whole steps allow, the last one ending with the phase.
-        self.round_ends = [-(-i * self.admm_steps // rounds) for i in range(1, rounds + 1)]
-        self.frozen_from = self.admm_steps
-        if method.finish == "sr-ste":
-            self.frozen_from = max(self.admm_steps, total_steps - round(method.freeze * total_steps))
         tiles = method.projection
         weights = {path: self.finite_weight(path) for path in self.configs}
         self.patterns = {path: _pattern(path, config, tiles, weights[path]) for path, config in self.configs.items()}
         if isinstance(tiles, Dictionary) and tiles.patterns is None:
             self._take_dictionary(tiles.fit(weights.values()))
-        # D² of the layers that have one.
-        self._metric: dict[str, Tensor] = {}
-        if method.input_norms is not None:
-            self._measure_by(method.input_norms, weights)
         self._rhos: dict[str, float] = {}
         self._rates: dict[str, float] = {}
         self._old_weights: dict[str, Tensor] = {}
-        for kind in sorted(self._kinds_at(0)):
+        self.admm_steps, self.round_ends = _rounds(method, total_steps)
+        self.frozen_from = self.admm_steps
+        if method.finish == "sr-ste":
+            self.frozen_from = max(self.admm_steps, total_steps - round(method.freeze * total_steps))
+        moments = method.input_moments
+        if moments is not None:
+            for path, weight in weights.items():
+                if path not in moments:
+                    raise ValueError(f"ADMM: {path}: has no input_moments; measure them for the same layers")
+                check_moment(weight, moments[path], name=f"ADMM: {path}")
+        for kind in sorted(_FIRST_PHASE):
             self.new_state(kind)
         for path, weight in weights.items():
+            layer = None if moments is None else OutputError(weight, moments[path])
+            if layer is not None and (pattern := self.patterns[path]) is not None:
+                self.patterns[path] = Scaled(pattern, layer.scale)
             self.state["anchor"][path].copy_(self._project(path, weight))
-            away = weight - self.state["anchor"][path]
-            gap, norm = _norm(away), _norm(weight)
-            # What the penalty's gradient is, but for rho.
-            pull = _norm(away * self._metric[path]) if path in self._metric else gap
-            self.state["gap"][path].copy_(torch.maximum(pull, _LEAST_GAP * norm))
+            gap, norm = _norm(weight - self.state["anchor"][path]), _norm(weight)
+            self.state["gap"][path].copy_(torch.maximum(gap, _LEAST_GAP * norm))
             self.state["primal"][path].copy_(_ratio(gap, norm))
             self.state["out_of_pattern"][path].copy_(_ratio(gap, norm).square())
+            if layer is not None:
+                self._solve(path, layer)
+        if moments is not None:
+            self._impose()
 
     @property
     def round(self) -> int:
@@ -283,7 +307,7 @@ class ADMMRun(MaskedRun):
 
     def _kinds_at(self, step: int) -> set[str]:
         if step < self.admm_steps:
-            return {"anchor", "dual", "gap", "gradient", "rho", *Residuals._fields}
+            return set(_FIRST_PHASE)
         dense = any(self._dense_behind(path, step) for path in self.configs)
         return {"mask", "rho", *Residuals._fields} | ({"hidden"} if dense else set())
 
@@ -307,26 +331,14 @@ class ADMMRun(MaskedRun):
     def _take_dictionary(self, dictionary: Dictionary) -> None:
         self.patterns = dict.fromkeys(self.patterns, dictionary)
 
-    def _measure_by(self, norms: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        for path, weight in weights.items():
-            found = norms.get(path)
-            if found is None or tuple(found.shape) != (weight.shape[1],):
-                shape = None if found is None else tuple(found.shape)
-                raise ValueError(f"ADMM: {path}: input_norms has shape {shape}, expected ({weight.shape[1]},)")
-            found = found.detach().to(weight)
-            if not torch.isfinite(found).all() or bool((found < 0).any()) or not bool(found.any()):
-                raise ValueError(f"ADMM: {path}: input_norms holds no norms; expected finite numbers of 0 or more")
-            scale = found / found.square().mean().sqrt()
-            # An input that was always 0 still orders its weights among themselves.
-            scale.clamp_(min=_LEAST_GAP)
-            if (pattern := self.patterns[path]) is not None:
-                self.patterns[path] = Scaled(pattern, scale)
-            self._metric[path] = scale.square()
-
-    def _follow(self) -> None:
-        super()._follow()
-        for path, metric in self._metric.items():
-            self._metric[path] = metric.to(self.weight(path).device)
+    def _solve(self, path: str, layer: OutputError) -> None:
+        """All rounds of one layer; its weight is the last Z then."""
+        weight, anchor, dual = self.weight(path), self.state["anchor"][path], self.state["dual"][path]
+        self.state["rho"][path].fill_(self.options.rho)
+        for _ in self.round_ends:
+            weight.copy_(layer.minimum(anchor, self._rho(path)))
+            self._end_round(path)
+        torch.add(anchor, dual, out=weight)
 
     def _pull(self, optimizer: torch.optim.Optimizer) -> None:
         """The penalty's gradient, or what a decoupled one needs to know of the coming step."""
@@ -347,21 +359,14 @@ class ADMMRun(MaskedRun):
                 self._set_first_rho(path, _norm(weight.grad), self.step + 1)
             if not (rho := self._rho(path)):
                 continue
-            if (metric := self._metric.get(path)) is not None:
-                weight.grad.addcmul_(weight - anchor, metric, value=rho)
-            else:
-                weight.grad.add_(weight, alpha=rho).sub_(anchor, alpha=rho)
+            weight.grad.add_(weight, alpha=rho).sub_(anchor, alpha=rho)
 
     def _pull_decoupled(self) -> None:
         for path, rate in self._rates.items():
             weight = self.weight(path)
             if (old := self._old_weights.pop(path, None)) is not None and rate:
                 self._set_first_rho(path, _norm(old.sub_(weight)) / rate, self.step)
-            share = rate * self._rho(path)
-            if (metric := self._metric.get(path)) is not None:
-                weight.lerp_(self.state["anchor"][path], (share * metric).clamp_(max=1.0).expand_as(weight))
-            else:
-                weight.lerp_(self.state["anchor"][path], min(1.0, share))
+            weight.lerp_(self.state["anchor"][path], min(1.0, rate * self._rho(path)))
         self._rates.clear()
 
     def _set_first_rho(self, path: str, norm: Tensor, count: int) -> None:
@@ -377,6 +382,8 @@ class ADMMRun(MaskedRun):
         return self._rhos[path]
 
     def _first_rho(self, path: str) -> Tensor:
+        if not self.admm_steps:
+            return torch.full_like(self.state["rho"][path], self.options.rho)
         return _ratio(self.options.rho * self.state["gradient"][path], self.state["gap"][path])
 
     def _end_round(self, path: str) -> None:
@@ -409,7 +416,7 @@ class ADMMRun(MaskedRun):
             drop_(weight, mask)
             if self._on_grid(path):
                 weight.copy_(Int8Grid()(weight))
-        for kind in ("anchor", "dual", "gap", "gradient"):
+        for kind in _FIRST_PHASE - self._kinds_at(self.admm_steps):
             del self.state[kind]
 
     def _hide(self) -> None:
@@ -436,6 +443,20 @@ class ADMMRun(MaskedRun):
             hidden.sub_(weight)
         if "hidden" in self.state and "hidden" not in self._kinds_at(self.step):
             del self.state["hidden"]
+
+
+def _rounds(method: ADMM, total_steps: int) -> tuple[int, list[int]]:
+    """Steps of the first phase, and the step that each of its rounds ends with."""
+    if method.input_moments is not None:
+        return 0, [0] * (LAYER_ROUNDS if method.rounds is None else method.rounds)
+    steps = max(1, round(method.admm * total_steps))
+    rounds = min(ROUNDS, steps) if method.rounds is None else method.rounds
+    if rounds > steps:
+        raise ValueError(
+            f"ADMM: {rounds} rounds do not fit the {steps} steps of the first phase ({method.admm:g} of {total_steps})"
+        )
+    # As equal as whole steps allow, the last one ending with the phase.
+    return steps, [-(-i * steps // rounds) for i in range(1, rounds + 1)]
 
 
 def _pattern(path: str, config: Config, tiles: Block | Dictionary | None, weight: Tensor) -> Pattern | None:
