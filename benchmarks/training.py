@@ -6,8 +6,9 @@ The plain model and the method's train side by side from the same weights on the
 one and then of the other. A block is ten steps, the interval at which masks are renewed by default, and the ratio is
 that of whole blocks: a step that sorts every weight counts, as a median of steps would not show. The method is prepared
 for exactly the steps that are done, so its schedule is walked from end to end; the first block warms up. ``ratio`` is
-the median over the blocks, ``worst`` that of the dearest block. The forward pass of a teacher is timed apart and in
-neither.
+the median over the blocks, ``worst`` that of the dearest block. Distillation counts apart: where a method has a
+teacher, a third model trains plainly with the same losses, and what these add to a plain step is taken off the
+method's.
 
 ``floats`` is what a method holds beyond plain training, in floats of four bytes for each weight it prunes: every
 tensor in reach of the model, its gradients, the optimizer and the run, less what the plain training holds; the largest
@@ -39,17 +40,21 @@ from sparsebert.bench.environment import device_label, environment  # noqa: E402
 from sparsebert.cli.recipes import arguments  # noqa: E402
 from sparsebert.configs import LowRankConfig, LowRankSparseConfig, parse_config  # noqa: E402
 from sparsebert.methods import METHODS, SVD, Magnitude, Method, Run  # noqa: E402
+from sparsebert.methods.capture import Capture  # noqa: E402
+from sparsebert.methods.maths import distillation  # noqa: E402
+from sparsebert.methods.teacher import Teacher  # noqa: E402
 from sparsebert.plan import CompressionPlan  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Case:
-    """``bound`` of the ratio: 1.15, or 1.5 where a second forward pass is the method. ``first``: the format of what the
-    stage before left, where the method goes on from that."""
+    """``bound`` of the ratio: 1.15, or 1.5 where a second forward pass is the method. ``distils``: what its loss takes
+    from a teacher, if anything. ``first``: the format of what the stage before left, where the method goes on from
+    that."""
 
     target: str
     options: Mapping[str, Any] | None = None
-    teacher: bool = False
+    distils: tuple[str, ...] = ()
     bound: float = 1.15
     floats: float = 3.0
     first: str | None = None
@@ -62,10 +67,10 @@ CASES = {
     "platon": Case("bitmap:0.5"),
     "seven": Case("bitmap:0.5"),
     "movement": Case("bitmap:0.5", floats=5.0),
-    "knowledge": Case("bitmap:0.05", {"updates": 6}, teacher=True),
+    "knowledge": Case("bitmap:0.05", {"updates": 6}, distils=("hidden", "attention", "logits")),
     "admm": Case("2:4"),
     "losparse": Case("low-rank:0.05+rows:0.15"),
-    "factor-tuning": Case("low-rank:0.05+rows:0.15", teacher=True, first="low-rank:0.05+rows:0.15"),
+    "factor-tuning": Case("low-rank:0.05+rows:0.15", distils=("hidden",), first="low-rank:0.05+rows:0.15"),
     "lpaf": Case("low-rank:0.25", bound=1.5, first="bitmap:0.2"),
     "svd": Case("low-rank:0.25"),
 }
@@ -86,12 +91,42 @@ MINILM = Size(6, 384, 12, 1536, 30522, 16, 64)
 SMOKE = Size(2, 32, 4, 64, 100, 4, 8)
 
 
+class Distillation:
+    """The losses that a method takes from its teacher, in a plain training."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, distils: tuple[str, ...]) -> None:
+        self.distils = distils
+        captured = {"hidden": "hidden" in distils, "attention": "attention" in distils}
+        self.student = Capture(model, **captured)
+        self.student.attach()
+        self.teacher = Teacher(teacher, **captured)
+
+    def loss(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        ours = self.student.take(outputs)
+        theirs, answer = self.teacher.ask(inputs)
+        total = distillation.hidden_state_loss(ours.hidden_states, theirs.hidden_states)
+        if "attention" in self.distils:
+            mask = inputs["attention_mask"]
+            total = total + distillation.attention_score_loss(ours.attention_scores, theirs.attention_scores, mask)
+        if "logits" in self.distils:
+            total = total + distillation.soft_cross_entropy(outputs.logits, answer.logits)
+        return total
+
+
 class Training:
     """A model, its optimizer and, unless it trains plainly, a method's run; ``step`` does one step."""
 
-    def __init__(self, model: nn.Module, method: Method | None, steps: int, teacher: nn.Module | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | None,
+        steps: int,
+        teacher: nn.Module | None,
+        distils: tuple[str, ...] = (),
+    ) -> None:
         self.model = model
         self.run: Run | None = None
+        self.distillation = Distillation(model, teacher, distils) if teacher is not None and distils else None
         if method is not None:
             self.run = method.prepare(model, total_steps=steps, teacher=teacher)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -102,6 +137,8 @@ class Training:
     def step(self, inputs: dict[str, Tensor]) -> None:
         outputs = self.model(**inputs)
         loss = outputs.loss if self.run is None else self.run.total_loss(outputs, inputs)
+        if self.distillation is not None:
+            loss = loss + self.distillation.loss(outputs, inputs)
         loss.backward()
         self.optimizer.step()
         # Kept, as a loop that sets them to None would be measured at an odd moment.
@@ -193,20 +230,16 @@ def measure(name: str, dense: nn.Module, options: argparse.Namespace, device: to
     steps = options.every * (options.blocks + 1)
     start = copy.deepcopy(dense)
     plan = None if case.first is None else compressed_(start, case.first)
-    teacher = copy.deepcopy(dense).eval().requires_grad_(False) if case.teacher else None
+    teacher = copy.deepcopy(dense).eval().requires_grad_(False) if case.distils else None
     plain = Training(copy.deepcopy(start), None, steps, None)
+    # A method's own losses come with its run; the same in plain training are counted apart.
+    taught = Training(copy.deepcopy(start), None, steps, teacher, case.distils) if case.distils else None
     other = Training(start, build(name, case, plan), steps, teacher)
     weights = sum(plain.model.get_submodule(path).weight.numel() for path in other.run.configs)  # type: ignore[union-attr]
     batches = make_batches(dense, size, options.every, device)
 
     def block(training: Training) -> float:
         return timed(lambda: [training.step(inputs) for inputs in batches], device)
-
-    @torch.no_grad()
-    def teach() -> None:
-        if teacher is not None:
-            for inputs in batches:
-                teacher(**{key: value for key, value in inputs.items() if key != "labels"})
 
     times: list[tuple[float, float, float]] = []
     extra = peak = 0
@@ -221,16 +254,16 @@ def measure(name: str, dense: nn.Module, options: argparse.Namespace, device: to
             seconds[id(training)] = block(training)
             if device.type == "cuda":
                 peaks[id(training)] = torch.cuda.max_memory_allocated(device) - before
-        taught = timed(teach, device) if teacher is not None else 0.0
+        apart = 0.0 if taught is None else block(taught) - seconds[id(plain)]
         held = other.held_bytes(besides=teacher) - plain.held_bytes(besides=teacher)
         extra = max(extra, held)
         if peaks:
             peak = max(peak, held + peaks[id(other)] - peaks[id(plain)])
         if i:
-            times.append((seconds[id(plain)], seconds[id(other)], taught))
-    ratios = [(method - taught) / base for base, method, taught in times]
+            times.append((seconds[id(plain)], seconds[id(other)], apart))
+    ratios = [(method - apart) / base for base, method, apart in times]
     floats = extra / 4 / weights
-    names = ("plain", "method", "teacher")
+    names = ("plain", "method", "distillation")
     per_step = {
         key: statistics.median(column) / options.every
         for key, column in zip(names, zip(*times, strict=True), strict=True)
@@ -254,11 +287,30 @@ def measure(name: str, dense: nn.Module, options: argparse.Namespace, device: to
 
 
 def rows(results: list[dict[str, Any]]) -> Iterator[str]:
-    header = ["method", "target", "ratio", "worst", "bound", "plain ms", "method ms", "teacher ms", "floats", "bound"]
+    header = [
+        "method",
+        "target",
+        "ratio",
+        "worst",
+        "bound",
+        "plain ms",
+        "method ms",
+        "distillation ms",
+        "floats",
+        "bound",
+    ]
     lines = [header]
     for row in results:
         ms = row["step_ms"]
-        numbers = [row["ratio"], row["worst"], row["bound"], ms["plain"], ms["method"], ms["teacher"], row["floats"]]
+        numbers = [
+            row["ratio"],
+            row["worst"],
+            row["bound"],
+            ms["plain"],
+            ms["method"],
+            ms["distillation"],
+            row["floats"],
+        ]
         lines.append(
             [row["method"], row["target"], *(f"{value:.2f}" for value in numbers), f"{row['floats_bound']:.0f}"]
         )

@@ -26,7 +26,8 @@ def test_every_method_is_measured(capsys):
     for row in rows:
         assert row["steps"] == 30
         assert row["spread"][0] <= row["ratio"] <= row["worst"] == row["spread"][-1]
-        assert (row["step_ms"]["teacher"] > 0) == training.CASES[row["method"]].teacher
+        # Of a tiny model it may come out below zero by noise, but where there is none it is exactly that.
+        assert (row["step_ms"]["distillation"] != 0) == bool(training.CASES[row["method"]].distils)
         # Times mean nothing at this size, bytes do.
         assert row["floats_within_bound"], row
         assert row["peak_floats"] is None

@@ -12,6 +12,7 @@ import sparsebert as sb
 from sparsebert.configs import BitmapConfig, NMConfig, RowsConfig
 from sparsebert.formats import rows
 from sparsebert.methods import FactorTuning, LoSparse
+from sparsebert.methods.factored import FactoredLinear
 from sparsebert.nn import LowRankSparseLinear
 from tiny_models import outputs, tiny_model, tokens
 
@@ -205,9 +206,8 @@ def test_the_target_is_met_in_the_plan_and_after_packing(kind, granularity):
     metrics = run.metrics()
     plan = run.finalize()
     model.eval()
-    assert list(model.state_dict()) == names and not any(
-        True for m in model.modules() if hasattr(m, "parametrizations")
-    )
+    assert list(model.state_dict()) == names
+    assert not any(isinstance(module, FactoredLinear) for module in model.modules())
     plan.verify(model)
     parts = {path: factors["sparse"] for path, factors in plan.factors.items()}
     total = sum(part.numel() for part in parts.values())
@@ -528,7 +528,7 @@ def test_a_config_without_a_sparse_part_is_refused(wrong):
     model = tiny_model()
     with pytest.raises(ValueError, match="LoSparse: bert.*has no sparse part; expected a LowRankSparseConfig"):
         LoSparse({"query": config(), "key": wrong}).prepare(model, total_steps=10)
-    assert not any(hasattr(module, "parametrizations") for module in model.modules())
+    assert not any(isinstance(module, FactoredLinear) for module in model.modules())
 
 
 def test_a_frozen_weight_is_refused():
@@ -756,5 +756,5 @@ def test_what_does_not_fit_the_plan_is_refused():
     pruned = sb.methods.Magnitude(sb.NMConfig(2, 4)).prepare(other := tiny_model(), total_steps=1).finalize()
     with pytest.raises(ValueError, match="2:4 is not made of factors"):
         FactorTuning(pruned).prepare(other, total_steps=1)
-    assert not any(hasattr(module, "parametrizations") for module in [*model.modules(), *other.modules()])
+    assert not any(isinstance(module, FactoredLinear) for module in [*model.modules(), *other.modules()])
     assert not F.mse_loss(outputs(model), outputs(model))

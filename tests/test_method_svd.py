@@ -8,6 +8,7 @@ import sparsebert as sb
 from sparsebert.configs import BitmapConfig, NMConfig, RowsConfig
 from sparsebert.formats import low_rank, one_shot
 from sparsebert.methods import SVD, fisher_row_weights
+from sparsebert.methods.factored import FactoredLinear
 from sparsebert.nn import LowRankLinear, LowRankSparseLinear
 from tiny_models import outputs, tiny_model, tokens
 
@@ -201,7 +202,7 @@ def test_row_weights_of_other_layers_are_refused():
         SVD({"output": CONFIG}, rows=dict(list(weights.items())[:1])).prepare(model, total_steps=1)
     with pytest.raises(ValueError, match="bert.pooler.dense: row weights, but it is not factored"):
         SVD({"*.0.output.dense": CONFIG}, rows=weights).prepare(model, total_steps=1)
-    assert not any(hasattr(module, "parametrizations") for module in model.modules())
+    assert not any(isinstance(module, FactoredLinear) for module in model.modules())
 
 
 def test_what_has_no_gradients_is_refused():
@@ -226,4 +227,4 @@ def test_wrong_configs_and_teachers_are_refused():
     model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="layer.1.output.dense: weight holds NaN"):
         SVD(CONFIG).prepare(model, total_steps=1)
-    assert not any(hasattr(module, "parametrizations") for module in model.modules())
+    assert not any(isinstance(module, FactoredLinear) for module in model.modules())

@@ -1,16 +1,13 @@
-"""Layers whose weight is trained as factors: W = u v, or W = u v + S, through ``torch.nn.utils.parametrize``.
-
-The layer stays where it is, and its ``weight`` is computed from its parameters ``u``, ``v`` and ``sparse`` in every
-forward, so that y = x Wᵀ + b and the gradients are those of (x vᵀ) uᵀ + x Sᵀ + b.
-"""
+"""Layers that are trained as factors: ``FactoredLinear``, which ``factor_`` makes of an ``nn.Linear`` in place and
+``unfactor_`` makes one again, and the run that trains them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from sparsebert.configs import Config
 from sparsebert.formats import low_rank
@@ -21,42 +18,53 @@ from sparsebert.plan import CompressionPlan
 NAMES = ("u", "v", "sparse")
 
 
-class Factors(nn.Module):
-    """(u, v) -> u v, or (u, v, S) -> u v + S."""
+class FactoredLinear(nn.Linear):
+    """y = (x vᵀ) uᵀ + b; with S, y = x (u v + S)ᵀ + b. Parameters ``u (out, rank)``, ``v (rank, in)`` and ``sparse
+    (out, in)`` or None, in place of ``weight``.
 
-    def __init__(self, factors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._first: tuple[Tensor, ...] | None = tuple(factors[name] for name in NAMES[: len(factors)])
+    Each is the cheaper way: the rank is less than there are tokens, so that the sum of the weights costs less than a
+    second product with each token, and without S no product of the size of the weight is needed at all. It is an
+    ``nn.Linear`` made by ``factor_``, the same object as before, so that whoever holds it keeps it.
+    """
 
-    def forward(self, u: Tensor, v: Tensor, sparse: Tensor | None = None) -> Tensor:
+    u: nn.Parameter
+    v: nn.Parameter
+    sparse: nn.Parameter | None
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """u v, or u v + S, computed at each access."""
         # In the parameters' dtype: under autocast the layer rounds the sum once, as it would round a dense weight.
-        with no_autocast(u.device):
-            return u @ v if sparse is None else torch.addmm(sparse, u, v)
+        with no_autocast(self.u.device):
+            return self.u @ self.v if self.sparse is None else torch.addmm(self.sparse, self.u, self.v)
 
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """The factors that this was made with: a weight has many."""
-        if self._first is None:
-            raise RuntimeError("Factors: a weight that is made of factors cannot be assigned")
-        first, self._first = self._first, None
-        return first
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise RuntimeError("FactoredLinear: a weight that is made of factors cannot be assigned")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.sparse is None:
+            return F.linear(F.linear(input, self.v), self.u, self.bias)
+        return F.linear(input, self.weight, self.bias)
 
 
-def factor_(linear: nn.Linear, parametrization: Factors) -> None:
-    """Trains ``linear.weight`` as the factors that ``parametrization`` was made with, in place."""
-    trains = linear.weight.requires_grad
-    parametrize.register_parametrization(linear, "weight", parametrization)
-    # A new module is in training mode.
-    linear.parametrizations.train(linear.training).requires_grad_(trains)  # type: ignore[union-attr]
+def factor_(
+    linear: nn.Linear, factors: Mapping[str, Tensor], kind: type[FactoredLinear] = FactoredLinear
+) -> FactoredLinear:
+    """Makes ``linear`` a ``kind`` with these factors, in place; they are trained where its weight was."""
+    trains, bias = linear.weight.requires_grad, linear.bias
+    del linear.weight, linear.bias
+    linear.__class__ = kind
+    for name in NAMES:
+        part = nn.Parameter(factors[name], requires_grad=trains) if name in factors else None
+        linear.register_parameter(name, part)
+    linear.register_parameter("bias", bias)
+    return linear  # type: ignore[return-value]
 
 
 def parameters_of(linear: nn.Module) -> dict[str, nn.Parameter]:
     """The factors of a layer that ``factor_`` made, by name."""
-    held = linear.parametrizations.weight  # type: ignore[union-attr]
-    return {
-        name: getattr(held, f"original{i}")  # how parametrize calls them
-        for i, name in enumerate(NAMES)
-        if hasattr(held, f"original{i}")
-    }
+    return {name: part for name in NAMES if (part := getattr(linear, name)) is not None}
 
 
 @torch.no_grad()
@@ -65,16 +73,15 @@ def unfactor_(linear: nn.Module) -> dict[str, Tensor]:
     held = parameters_of(linear)
     trains = any(parameter.requires_grad for parameter in held.values())
     factors = {name: parameter.detach().clone() for name, parameter in held.items()}
-    # The weight is made as a plan's proof makes it, not as the forward does: rounded alike, so that factors that nearly
+    # The weight is made as a plan's proof makes it, not as the layer does: rounded alike, so that factors that nearly
     # cancel pass too.
     weight = low_rank.unpack(factors["u"], factors["v"])
     if "sparse" in factors:
         weight += factors["sparse"]
     bias = linear.bias
-    # Not remove_parametrizations: it edits the class, which a copy of this layer shares, and leaves a buffer where
-    # gradients are not tracked.
-    linear.__class__ = parametrize.type_before_parametrizations(linear)
-    del linear.parametrizations, linear.bias
+    for name in (*NAMES, "bias"):
+        delattr(linear, name)
+    linear.__class__ = nn.Linear
     # In the order of nn.Linear: the order of a model's parameters is that of an optimizer's state.
     linear.register_parameter("weight", nn.Parameter(weight, requires_grad=trains))
     linear.register_parameter("bias", bias)  # type: ignore[arg-type]
@@ -94,7 +101,7 @@ class FactoredRun(Run):
     def factor_all(self, factors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Factors every layer in place. ``factors``: path -> u, v and perhaps sparse."""
         for path in self.configs:
-            factor_(self.model.get_submodule(path), Factors(factors[path]))  # type: ignore[arg-type]
+            factor_(self.model.get_submodule(path), factors[path])  # type: ignore[arg-type]
 
     def factors(self, path: str) -> dict[str, nn.Parameter]:
         """The parameters ``u (out, rank)``, ``v (rank, in)`` and, where there is one, ``sparse (out, in)``."""

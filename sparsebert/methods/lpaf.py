@@ -19,13 +19,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from sparsebert.configs import LowRankConfig
-from sparsebert.formats import low_rank, one_shot
+from sparsebert.formats import one_shot
 from sparsebert.methods.base import Kind, Method, Run
-from sparsebert.methods.factored import FactoredRun, Factors, factor_, parameters_of
+from sparsebert.methods.factored import FactoredLinear, FactoredRun, factor_
 from sparsebert.methods.maths.distillation import kl_divergence, symmetric_kl
 from sparsebert.methods.maths.factors import importance_of_kept, weighted_svd
 from sparsebert.methods.maths.schedules import Linear
@@ -143,25 +143,18 @@ class LPAFRun(FactoredRun):
         self._passes = 0
         # All factors before the first edit, so that a bad weight leaves the model as it was.
         factors = {path: self._factorize(path, method) for path in self.configs}
-        self._mixed: dict[str, MixedRank] = {}
+        self._mixed: dict[str, MixedRankLinear] = {}
         for path, (u, v) in factors.items():
             sparse = self.weight(path).detach() if method.p0 > 0 else None
-            self._mixed[path] = MixedRank(u, v, sparse, trained=method.train_sparse)
-            factor_(model.get_submodule(path), self._mixed[path])  # type: ignore[arg-type]
+            linear = model.get_submodule(path)
+            self._mixed[path] = mix_(linear, u, v, sparse, trained=method.train_sparse)  # type: ignore[arg-type]
         self._share_sparse()
         self._hook = model.register_forward_pre_hook(self._draw)
         self._next_step()
 
-    def weight(self, path: str) -> Tensor:
-        """u v, whatever the gates have drawn."""
-        linear = self.model.get_submodule(path)
-        if not parametrize.is_parametrized(linear, "weight"):
-            return super().weight(path)
-        factors = parameters_of(linear)
-        return low_rank.unpack(factors["u"], factors["v"])
-
     def trained(self, path: str) -> list[nn.Parameter]:
-        return [*super().trained(path), *self._mixed[path].parameters(recurse=False)]
+        pruned = self._mixed[path].pruned
+        return [*super().trained(path), *([] if pruned is None else [pruned])]
 
     def added_loss(self, outputs: Any, inputs: Any) -> Tensor:
         total = super().added_loss(outputs, inputs)
@@ -202,6 +195,8 @@ class LPAFRun(FactoredRun):
 
     def finalize(self) -> CompressionPlan:
         self._hook.remove()
+        for mixed in self._mixed.values():
+            mixed.strip()
         plan = super().finalize()
         self._mixed, self.state = {}, {}
         return plan
@@ -278,33 +273,46 @@ class LPAFRun(FactoredRun):
         return total
 
 
-class MixedRank(Factors):
-    """(u, v) -> u v, or the sparse weight W_s while the gate is ``open`` and the layer trains.
+class MixedRankLinear(FactoredLinear):
+    """A ``FactoredLinear`` that computes with the sparse weight W_s while its gate is ``open`` and it trains.
 
-    W_s is the parameter ``sparse`` where it is ``trained``, and else ``held``, neither parameter nor buffer: a
-    checkpoint of the model leaves it out, and DistributedDataParallel does not send it at every step. None: there is
-    nothing to mix with.
+    W_s is the parameter ``pruned`` where it is trained, and else ``held``, neither parameter nor buffer: a checkpoint
+    of the model leaves it out, and DistributedDataParallel does not send it at every step. Both None: there is nothing
+    to mix with. ``weight`` is u v, whatever the gate. Made by ``mix_``.
     """
 
-    def __init__(self, u: Tensor, v: Tensor, sparse: Tensor | None, *, trained: bool) -> None:
-        super().__init__({"u": u, "v": v})
-        self.sparse = nn.Parameter(sparse.clone()) if trained and sparse is not None else None
-        self.held = None if trained else sparse
-        self.open = False
+    pruned: nn.Parameter | None
+    held: Tensor | None
+    open: bool
 
-    def forward(self, u: Tensor, v: Tensor, sparse: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         # Of what is trained, the zeros get no gradient, so they stay zeros.
-        chosen = self.held if self.sparse is None else self.sparse * (self.sparse.detach() != 0)
+        chosen = self.held if self.pruned is None else self.pruned * (self.pruned.detach() != 0)
         if self.open and self.training and chosen is not None:
-            return _Chosen.apply(chosen, u, v)
-        product = super().forward(u, v)
-        return product if self.sparse is None else _Chosen.apply(product, self.sparse)
+            return F.linear(input, _Chosen.apply(chosen, self.u, self.v), self.bias)
+        output = super().forward(input)
+        return output if self.pruned is None else _Chosen.apply(output, self.pruned)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> MixedRank:
+    def strip(self) -> None:
+        """Takes off what a ``FactoredLinear`` has not."""
+        del self.pruned, self.held, self.open
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MixedRankLinear:
         super()._apply(fn, recurse)
         if self.held is not None:
             self.held = fn(self.held)
         return self
+
+
+def mix_(linear: nn.Linear, u: Tensor, v: Tensor, sparse: Tensor | None, *, trained: bool) -> MixedRankLinear:
+    """Makes ``linear`` a ``MixedRankLinear`` in place, its gate shut; ``trained``: whether W_s is."""
+    trains = linear.weight.requires_grad
+    mixed: Any = factor_(linear, {"u": u, "v": v}, MixedRankLinear)
+    pruned = nn.Parameter(sparse.clone(), requires_grad=trains) if trained and sparse is not None else None
+    mixed.register_parameter("pruned", pruned)
+    mixed.held = None if trained else sparse
+    mixed.open = False
+    return mixed
 
 
 class _Chosen(torch.autograd.Function):
