@@ -23,7 +23,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; \
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## compress a real model, save, reload, compare: ends in one table (about 5 minutes)
+demo: $(STAMP) ## compress a real model, save, reload, compare: ends in one table (about 7 minutes)
 	$(BIN)/sparsebert demo $(DEMO_ARGS)
 
 test: $(STAMP) ## the tests that need no GPU (under 20 minutes)

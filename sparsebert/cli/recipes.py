@@ -12,7 +12,8 @@ what is other for one of several trainings, each of which begins with the model 
     epochs = 20
 
 A stage's own settings go before the file's, a task's before a stage's, and those of ``[[tasks.NAME.stages]]`` before
-all. ``options`` are the method's arguments; a number of steps may be written as a share of the training's, ``"10%"``.
+all. ``options`` are the method's arguments; a number of steps may be written as a share of the training's, ``"10%"``,
+and ``input_moments`` as the number of training batches in which they are measured.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import inspect
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +30,15 @@ from typing import TYPE_CHECKING, Any
 from sparsebert.configs import parse_config
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sparsebert.methods import Method
     from sparsebert.plan import CompressionPlan, Selection
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 TASKS_FILE = "tasks.toml"
 SCHEDULES = ("linear", "constant")
+MOMENTS = "input_moments"
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,15 @@ class Stage:
         own = {which: None if text == "dense" else parse_config(text) for which, text in self.layers.items()}
         return {**({} if every is None else dict.fromkeys(roles, every)), **own}
 
-    def build(self, total_steps: int, selection: Selection, plan: CompressionPlan | None = None) -> Method:
-        """The method with its options; ``ValueError`` for a method or option that there is not."""
+    def build(
+        self,
+        total_steps: int,
+        selection: Selection,
+        plan: CompressionPlan | None = None,
+        measure: Callable[[int], Mapping[str, Tensor]] | None = None,
+    ) -> Method:
+        """The method with its options; ``ValueError`` for a method or option that there is not. ``measure`` gives the
+        input moments of the selected layers in so many batches."""
         cls = method_class(self.method)
         first, names = arguments(cls)
         if stray := sorted(self.options.keys() - names):
@@ -127,6 +138,14 @@ class Stage:
             name: _share(value, total_steps, name) if isinstance(value, str) and value.endswith("%") else value
             for name, value in self.options.items()
         }
+        if (count := options.get(MOMENTS)) is not None:
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"{self.method}: {MOMENTS} is {count!r}, expected in how many batches to measure them")
+            if measure is None:
+                raise ValueError(
+                    f"{self.method}: {MOMENTS} are measured on the training's batches, of which none are here"
+                )
+            options[MOMENTS] = measure(count)
         make: Any = cls
         return make(plan if first == "plan" else selection, **options)
 

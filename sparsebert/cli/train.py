@@ -34,6 +34,7 @@ from sparsebert.cli.training import (
     Interrupted,
     Loop,
     Shelf,
+    epoch_order,
     predict,
     read_state,
     stop_between_steps,
@@ -294,13 +295,23 @@ class _Work:
         stage = self.settings.stages[index]
         with self.progress.step(f"prepare {self.name(index)}") as step:
             total = stage.total_steps(len(self.data.train.rows))
-            method = stage.build(total, stage.selection(tuple(family_of(self.model).roles)), plan)
+            selection = stage.selection(tuple(family_of(self.model).roles))
+            rows = self.train_rows[min(stage.max_length, max(self.train_rows))]
+
+            def measure(count: int) -> dict[str, Tensor]:
+                order, size = epoch_order(len(rows), self.settings.seed, index, 0), stage.batch_size
+                batches = [order[at : at + size] for at in range(0, len(order), size)][:count]
+                return sb.methods.input_moments(
+                    self.model, (rows.batch(indices, self.device) for indices in batches), selection
+                )
+
+            method = stage.build(total, selection, plan, measure)
             run = method.prepare(self.model, total_steps=total, teacher=self.teacher if stage.teacher else None)
             loop = Loop(
                 self.model,
                 run,
                 stage,
-                self.train_rows[min(stage.max_length, max(self.train_rows))],
+                rows,
                 seed=self.settings.seed,
                 index=index,
                 device=self.device,

@@ -387,10 +387,15 @@ def test_every_method_is_tried():
     assert set(TARGETS) == set(METHODS) - {"factor-tuning"}  # which goes on from a plan: below
 
 
-@pytest.mark.parametrize("method", TARGETS)
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(method, base, classifier, tmp_path, monkeypatch):
+CASES = [*((method, OPTIONS.get(method, [])) for method in TARGETS), ("admm", ["--option", "input_moments=2"])]
+
+
+@pytest.mark.parametrize(
+    ("method", "own"), CASES, ids=lambda value: value if isinstance(value, str) else "".join(value)
+)
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(method, own, base, classifier, tmp_path, monkeypatch):
     """Bit for bit, with dropout; Ctrl-C arrives in a forward pass, and the step is finished first."""
-    options = [*base, "--method", method, "--target", TARGETS[method], *OPTIONS.get(method, [])]
+    options = [*base, "--method", method, "--target", TARGETS[method], *own]
     options += ["--teacher", classifier] if method in TEACHERS else []
     whole = trained(*options, "--out", tmp_path / "whole")
 
@@ -564,6 +569,11 @@ def test_usage_mistakes_end_with_code_2(arguments, complaint):
         ({"--target": "2-4"}, "'2-4' is no format"),
         ({"--target": "low-rank:0.5"}, "is not a mask"),
         ({"--option": "start=3"}, "magnitude: has no option 'start'; it has none"),
+        ({"--option": "input_moments=3"}, "magnitude: has no option 'input_moments'"),
+        (
+            {"--method": "admm", "--option": "input_moments=some"},
+            "input_moments is 'some', expected in how many batches",
+        ),
         ({"--teacher": "no-such"}, "no-such: there is no such folder"),
         ({"--model": None}, "give --model"),
         ({"--model": "no-such-model/at-all"}, "there is no such folder, and the hub did not give it"),
