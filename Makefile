@@ -27,7 +27,8 @@ demo: $(STAMP) ## compress a real model, save, reload, compare: ends in one tabl
 	$(BIN)/sparsebert demo $(DEMO_ARGS)
 
 test: $(STAMP) ## the tests that need no GPU (under 20 minutes)
-	$(BIN)/python -m pytest -q -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m "not gpu and not slow" --ignore tests/interpreted $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpreted
 
 slow: $(STAMP) ## the tests that `make test` leaves out for time: builds and installs the package
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_ARGS)

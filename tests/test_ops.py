@@ -540,7 +540,7 @@ def test_torchs_int8_matmul_is_for_cpus_that_have_one(kind, layout, monkeypatch)
 
 
 def test_torchs_int8_matmul_says_what_a_gpu_needs():
-    (candidate, _) = select.candidates("int8_linear", "neutral")
+    (candidate,) = (c for c in select.candidates("int8_linear", "neutral") if c.backend == "torch")
     spec = Int8Spec("dynamic", 1, 1, 100, 64)
     base = select.Problem("neutral", "cuda", (9, 0), torch.float16, spec, 5, "none")
     assert "in multiples of 8, not 64 x 100" in candidate.supports(base)

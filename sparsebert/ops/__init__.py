@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from sparsebert.ops import linear, specs, torch_sparse  # noqa: F401 (adds its layouts and candidates)
+from sparsebert.ops import linear, specs, torch_sparse, triton  # noqa: F401 (add their layouts and candidates)
 from sparsebert.ops.bitmap import bitmap_linear
 from sparsebert.ops.dense import dense_linear
 from sparsebert.ops.int8 import define_quantize_rows, int8_linear, quantize_rows

@@ -1,0 +1,133 @@
+"""y = activation((q_x Q_wᵀ) s_x s_w + b): products of int8 summed exactly in int32, the scales applied in fp32.
+
+The weight is dense int8, or at KEEP of GROUP and unpacked in registers. Features are the rows of the product and tokens
+its columns, as in ``nm_linear``; both operands lie along the inputs, as int8 tensor cores want them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsebert.kernels.nm_linear import Config
+from sparsebert.kernels.split_k import sum_splits
+from sparsebert.kernels.tiles import activate, load_nm_tile
+
+
+@triton.jit
+def _int8_linear_kernel(
+    q_ptr,
+    values_ptr,
+    positions_ptr,
+    x_scale_ptr,
+    scale_ptr,
+    bias_ptr,
+    y_ptr,
+    tokens,
+    in_features,
+    out_features,
+    kept,
+    position_bytes,
+    KEEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    STATIC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    row_mask = rows < out_features
+    column_mask = columns < tokens
+
+    inner = tl.arange(0, BLOCK_K)
+    q_ptrs = q_ptr + columns[None, :].to(tl.int64) * in_features + inner[:, None]
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for k in range(split * BLOCK_K, in_features, SPLIT_K * BLOCK_K):
+        inside = inner < in_features - k
+        if GROUP == 1:
+            weight = tl.load(
+                values_ptr + rows[:, None].to(tl.int64) * in_features + (k + inner)[None, :],
+                mask=row_mask[:, None] & inside[None, :],
+                other=0,
+            )  # [BLOCK_M, BLOCK_K]
+        else:
+            weight = load_nm_tile(
+                values_ptr, positions_ptr, rows, row_mask, k, kept, position_bytes, KEEP, GROUP, BITS, BLOCK_M, BLOCK_K
+            )
+        q = tl.load(q_ptrs + k, mask=column_mask[None, :] & inside[:, None], other=0)  # [BLOCK_K, BLOCK_N]
+        accumulator = tl.dot(weight, q, accumulator, out_dtype=tl.int32)
+
+    y_ptrs = y_ptr + columns[None, :].to(tl.int64) * out_features + rows[:, None]
+    mask = row_mask[:, None] & column_mask[None, :]
+    if SPLIT_K > 1:
+        tl.store(y_ptrs + split.to(tl.int64) * tokens * out_features, accumulator, mask=mask)
+    else:
+        if STATIC:
+            y = accumulator.to(tl.float32) * tl.load(x_scale_ptr)
+        else:
+            y = accumulator.to(tl.float32) * tl.load(x_scale_ptr + columns, mask=column_mask, other=0.0)[None, :]
+        y *= tl.load(scale_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        tl.store(y_ptrs, activate(y, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def int8_linear(
+    q: Tensor,
+    x_scale: Tensor,
+    values: Tensor,
+    positions: Tensor | None,
+    scales: Tensor,
+    bias: Tensor | None,
+    *,
+    n: int,
+    m: int,
+    activation: str,
+    dtype: torch.dtype,
+    config: Config,
+) -> Tensor:
+    """``q int8 (tokens, in)`` with ``x_scale fp32 (tokens)`` or ``(1)``; ``values int8 (out, in n / m)``, ``positions``
+    unless m is 1, ``scales (out)``, ``bias (out)`` -> ``(tokens, out)`` in ``dtype``."""
+    tokens, in_features = q.shape
+    out_features, kept = values.shape
+    y = q.new_empty((tokens, out_features), dtype=dtype)
+    if not y.numel():
+        return y
+    split = config.split_k > 1
+    target = q.new_empty((config.split_k, tokens, out_features), dtype=torch.int32) if split else y
+    grid = (triton.cdiv(out_features, config.block_m), triton.cdiv(tokens, config.block_n), config.split_k)
+    _int8_linear_kernel[grid](
+        q,
+        values,
+        positions,
+        x_scale,
+        scales,
+        bias,
+        target,
+        tokens,
+        in_features,
+        out_features,
+        kept,
+        0 if positions is None else positions.shape[1],
+        KEEP=n,
+        GROUP=m,
+        BITS=2 if m <= 4 else 4,
+        STATIC=x_scale.numel() == 1,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        SPLIT_K=config.split_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return sum_splits(target, bias, activation, y, x_scale=x_scale, scales=scales) if split else y

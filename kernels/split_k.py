@@ -1,0 +1,77 @@
+"""Sums what the programs of a product that is split along its inner dimension left, always in the same order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsebert.kernels.tiles import activate
+
+BLOCK = 1024
+
+
+@triton.jit
+def _sum_splits_kernel(
+    partial_ptr,
+    x_scale_ptr,
+    scale_ptr,
+    bias_ptr,
+    y_ptr,
+    count,
+    out_features,
+    SPLIT_K: tl.constexpr,
+    SCALED: tl.constexpr,
+    STATIC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = places < count
+    features = places % out_features
+    total = tl.zeros((BLOCK,), dtype=partial_ptr.dtype.element_ty)
+    partials = partial_ptr + places
+    for _ in tl.static_range(SPLIT_K):
+        total += tl.load(partials, mask=mask, other=0)
+        partials += count
+    y = total.to(tl.float32)
+    if SCALED:
+        if STATIC:
+            y *= tl.load(x_scale_ptr)
+        else:
+            y *= tl.load(x_scale_ptr + places // out_features, mask=mask, other=0.0)
+        y *= tl.load(scale_ptr + features, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + features, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + places, activate(y, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def sum_splits(
+    partial: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    y: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """``partial (splits, tokens, out)``, fp32 or int32 -> ``y (tokens, out)`` = activation(their sum [s_x s_w] + bias),
+    in place; ``x_scale (tokens)`` or ``(1)`` and ``scales (out)``, or neither."""
+    count = y.numel()
+    _sum_splits_kernel[(triton.cdiv(count, BLOCK),)](
+        partial,
+        x_scale,
+        scales,
+        bias,
+        y,
+        count,
+        y.shape[1],
+        SPLIT_K=partial.shape[0],
+        SCALED=scales is not None,
+        STATIC=x_scale is not None and x_scale.numel() == 1,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        BLOCK=BLOCK,
+    )
+    return y

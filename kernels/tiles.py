@@ -1,0 +1,107 @@
+"""What the kernels share: unpacking a tile of an n:m weight in registers, and the epilogue's activations."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_nm_tile(
+    values_ptr,
+    positions_ptr,
+    rows,
+    row_mask,
+    first_column,
+    kept,
+    position_bytes,
+    KEEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Columns ``first_column`` to ``first_column + BLOCK_K`` of ``rows`` of a weight at KEEP of GROUP, as a dense tile.
+
+    Memory gives the packed tensors of ``formats.nm`` alone: ``values (., kept)`` and ``positions (., position_bytes)``
+    with BITS bits a position, little-endian. ``first_column`` is a multiple of BLOCK_K, and that of 8 groups. Columns
+    past the end, and rows that ``row_mask`` leaves out, are zero.
+    """
+    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    if KEEP & (KEEP - 1) == 0:
+        SLOTS: tl.constexpr = KEEP
+        COLUMNS: tl.constexpr = GROUPS * KEEP
+        PER_BYTE: tl.constexpr = 8 // BITS
+        columns = first_column // GROUP * KEEP + tl.arange(0, COLUMNS)
+        # A byte holds several positions: load each once, then take it apart.
+        first_byte = first_column // GROUP * KEEP // PER_BYTE
+        bytes_ = first_byte + tl.arange(0, COLUMNS // PER_BYTE)
+        packed = tl.load(
+            positions_ptr + rows[:, None] * position_bytes + bytes_[None, :],
+            mask=row_mask[:, None] & (bytes_ < position_bytes)[None, :],
+            other=0,
+        )  # [BLOCK_M, COLUMNS / PER_BYTE]
+        shifts = (tl.arange(0, PER_BYTE) * BITS)[None, None, :]
+        places = (packed[:, :, None].to(tl.int32) >> shifts) & ((1 << BITS) - 1)
+        mask = (columns < kept)[None, :]
+    else:
+        # Tiles have powers of two as sides: the slots above KEEP hold nothing.
+        SLOTS: tl.constexpr = triton.next_power_of_2(KEEP)  # type: ignore[no-redef]
+        COLUMNS: tl.constexpr = GROUPS * SLOTS  # type: ignore[no-redef]
+        slots = tl.arange(0, COLUMNS)
+        columns = (first_column // GROUP + slots // SLOTS) * KEEP + slots % SLOTS
+        mask = ((columns < kept) & (slots % SLOTS < KEEP))[None, :]
+        bits = columns * BITS
+        packed = tl.load(
+            positions_ptr + rows[:, None] * position_bytes + (bits // 8)[None, :],
+            mask=row_mask[:, None] & mask,
+            other=0,
+        )
+        places = (packed.to(tl.int32) >> (bits % 8)[None, :]) & ((1 << BITS) - 1)
+    values = tl.load(
+        values_ptr + rows[:, None].to(tl.int64) * kept + columns[None, :], mask=row_mask[:, None] & mask, other=0.0
+    )  # [BLOCK_M, COLUMNS]
+    values = tl.reshape(values, (BLOCK_M, GROUPS, SLOTS))
+    places = tl.reshape(places, (BLOCK_M, GROUPS, SLOTS))
+    inside = tl.arange(0, GROUP)[None, None, :]
+    if SLOTS == 1:
+        dense = _place(tl.reshape(values, (BLOCK_M, GROUPS)), tl.reshape(places, (BLOCK_M, GROUPS)), inside)
+    elif SLOTS == 2:
+        # Apart at once, where a sum over the slots would pass them from thread to thread.
+        dense = _place_two(values, places, inside)
+    elif SLOTS == 4:
+        even, odd = tl.split(tl.reshape(values, (BLOCK_M, GROUPS, 2, 2)))
+        even_places, odd_places = tl.split(tl.reshape(places, (BLOCK_M, GROUPS, 2, 2)))
+        dense = _place_two(even, even_places, inside) + _place_two(odd, odd_places, inside)
+    else:
+        here = places[:, :, :, None] == inside[:, :, None, :]
+        # One term of each sum is the weight and the others are zero; what is masked is zero wherever it lands.
+        dense = tl.sum(tl.where(here, values[:, :, :, None], 0).to(values.dtype), axis=2)
+    return tl.reshape(dense.to(values_ptr.dtype.element_ty), (BLOCK_M, BLOCK_K))
+
+
+@triton.jit
+def _place_two(values, places, inside):
+    """Two values of each group, [M, GROUPS, 2]; at most one of the addends is not zero."""
+    first, second = tl.split(values)
+    first_places, second_places = tl.split(places)
+    return _place(first, first_places, inside) + _place(second, second_places, inside)
+
+
+@triton.jit
+def _place(values, places, inside):
+    """One value of each group at its place, the rest of the group zero: [M, GROUPS] -> [M, GROUPS, GROUP]."""
+    return tl.where(places[:, :, None] == inside, values[:, :, None], 0).to(values.dtype)
+
+
+@triton.jit
+def activate(y, ACTIVATION: tl.constexpr):
+    """The activation of that name, of float32 ``y``; NaN stays NaN."""
+    if ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # x (1 + tanh u) / 2 = x sigmoid(2 u)
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    elif ACTIVATION == "relu":
+        y = tl.where(y < 0, 0.0, y)
+    return y

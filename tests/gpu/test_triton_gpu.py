@@ -1,0 +1,110 @@
+"""The Triton kernels on a GPU: numbers against float64, odd sizes, compiled, captured. Needs a CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sparsebert as sb
+from sparsebert.formats import int8, nm
+from sparsebert.ops import int8_linear, nm_linear
+from sparsebert.ops.activations import ACTIVATIONS
+from sparsebert.ops.specs import Int8Spec, NMSpec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+SIZES = [(3072, 768), (768, 3072), (100, 80), (8, 144)]
+TOKENS = [1, 7, 33, 127, 512]
+
+
+def poison(tokens, features, dtype):
+    """Freed memory full of NaN: an element that a kernel leaves unwritten shows."""
+    held = torch.full((8, tokens, features), float("nan"), device="cuda", dtype=dtype)
+    del held
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (2, 8), (4, 8), (1, 16), (7, 16)], ids=str)
+def test_nm_linear_against_float64(n, m, dtype):
+    for out_features, in_features in SIZES:
+        dense = nm.project(torch.randn(out_features, in_features), n, m).to("cuda", dtype)
+        weight = list(nm.pack(dense, n, m))
+        bias = torch.randn(out_features, device="cuda", dtype=dtype)
+        sizes = NMSpec(n, m, in_features, out_features)._asdict()
+        for tokens in TOKENS:
+            x = torch.randn(tokens, in_features, device="cuda", dtype=dtype)
+            for activation, act in ACTIVATIONS.items():
+                poison(tokens, out_features, dtype)
+                with sb.backend("triton"):
+                    y = nm_linear(x, weight, bias, layout="neutral", activation=activation, **sizes)
+                exact = act(F.linear(x.double(), dense.double(), bias.double()))
+                error = (act(F.linear(x, dense, bias)).double() - exact).abs().max()
+                bound = 2 * error + torch.finfo(dtype).eps * exact.abs().max()
+                assert (y.double() - exact).abs().max() <= bound, (tokens, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+@pytest.mark.parametrize(("n", "m", "layout"), [(1, 1, "neutral"), (2, 4, "neutral"), (2, 4, "unpacked")], ids=str)
+def test_int8_linear_against_float64(n, m, layout, activations, dtype):
+    for out_features, in_features in SIZES:
+        dense = torch.randn(out_features, in_features)
+        values, scales = (t.cuda() for t in int8.quantize_weight(dense if m == 1 else nm.project(dense, n, m)))
+        packed = [values] if m == 1 or layout == "unpacked" else list(nm.pack(values, n, m))
+        weight = [*packed, scales, *([torch.tensor(0.02, device="cuda")] if activations == "static" else [])]
+        bias = torch.randn(out_features, device="cuda", dtype=dtype)
+        sizes = Int8Spec(activations, n, m, in_features, out_features)._asdict()
+        for tokens in TOKENS:
+            x = torch.randn(tokens, in_features, device="cuda", dtype=dtype)
+            if activations == "static":
+                q, s = int8.quantize_static(x, weight[-1]), weight[-1]
+            else:
+                q, s = int8.quantize_rows(x)
+                s = s[:, None]
+            sums = q.double() @ values.double().t() * s.double() * scales.double() + bias.double()
+            for activation, act in ACTIVATIONS.items():
+                poison(tokens, out_features, dtype)
+                with sb.backend("triton"):
+                    y = int8_linear(x, weight, bias, layout=layout, activation=activation, **sizes)
+                exact = act(sums)
+                # One rounding to the dtype, and fp32 before it.
+                bound = torch.finfo(dtype).eps * exact.abs().max() + 4e-6 * exact.abs().max()
+                assert (y.double() - exact).abs().max() <= bound, (tokens, activation)
+
+
+@pytest.mark.parametrize("features", [1, 7, 768, 3072, 9000])
+def test_rounding_is_the_definition_to_the_bit(features):
+    from sparsebert.kernels.quantize_rows import quantize_rows
+
+    for dtype in DTYPES:
+        x = torch.randn(64, features, device="cuda", dtype=dtype) * torch.logspace(-6, 4, 64, device="cuda")[:, None]
+        x = x.to(dtype)
+        x[0] = 0
+        for ours, theirs in zip(quantize_rows(x), int8.quantize_rows(x.cpu()), strict=True):
+            assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("how", ["compiled", "captured"])
+def test_compiled_and_captured_calls_give_the_same(how):
+    dense = nm.project(torch.randn(768, 768), 2, 4).cuda().half()
+    weight, sizes = list(nm.pack(dense, 2, 4)), NMSpec(2, 4, 768, 768)._asdict()
+    x = torch.randn(16, 768, device="cuda").half()
+
+    def call(x):
+        return nm_linear(x, weight, None, layout="neutral", activation="gelu", **sizes)
+
+    with sb.backend("triton"):
+        expected = call(x)
+        if how == "compiled":
+            assert torch.equal(torch.compile(call, fullgraph=True)(x), expected)
+            return
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = call(x)
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
