@@ -1,5 +1,5 @@
-"""The dense and 2:4 kernels that torch already offers for y = x Wᵀ + b: what the kernels of this package must
-beat.
+"""The dense and 2:4 kernels that torch already offers for y = x Wᵀ + b, which the kernels of this package must
+beat, and these kernels.
 
 A :class:`Peer` builds, for one :class:`Case` (a shape and a token count), a list of calls that differ only in
 the copy of the weight they read, a reference in float64 computed from the *same* pruned or quantised
@@ -10,6 +10,7 @@ that of pruning or quantising.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import sparsebert as sb
+from sparsebert import ops
+from sparsebert.configs import parse_config
 
 Call = Callable[[], Tensor]
 
@@ -45,6 +50,8 @@ ATTENTION = (
     Shape("large.projection", 1024, 1024),
 )
 TELLING_TOKENS = (2048, 8192, 128)
+# Where packed weights pay by their bytes.
+FEW_TOKENS = (32,)
 OTHER_TOKENS = (512, 16384, 16, 1)
 
 DRY_SHAPES = (Shape("dry.ffn_in", 128, 64), Shape("dry.ffn_out", 64, 128))
@@ -356,6 +363,43 @@ def _int_mm(case: Case) -> Built:
     )
 
 
+def _triton(case: Case, config: str, layout: str = "neutral") -> Built:
+    """This package's Triton kernel for the format ``config``, through its op; on a CPU, its reference."""
+    on_gpu = case.device.type == "cuda"
+    x, w, b = case.operands(torch.float16)
+    linear = torch.nn.Linear(case.shape.in_features, case.shape.out_features, device=case.device, dtype=x.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(w)
+        linear.bias.copy_(b)
+    model = torch.nn.Sequential(linear)
+    sb.compress_(model, {"0": parse_config(config)})
+    module: Any = model[0].prepare_("stacked" if layout == "grouped" and not on_gpu else layout)
+    weight_bytes = sum(_nbytes(tensor) for tensor in module.buffers())
+    copies = [module, *(deepcopy(module) for _ in range(case.copies_for(weight_bytes) - 1))]
+
+    def call(module: torch.nn.Module) -> Tensor:
+        with sb.backend("triton" if on_gpu else "reference"), torch.no_grad():
+            return module(x)
+
+    def reference() -> Tensor:
+        dense = module.dense_weight()
+        if not config.startswith("int8"):
+            return _product(x, dense, b)
+        # From the same integers, with the scales in full.
+        q, scale = ops.quantize_rows(x)
+        values, scales = module.neutral()[:2]
+        return q.double() @ values.double().t() * scale.double()[:, None] * scales.double() + b.double()
+
+    return Built(
+        variants={"": [partial(call, each) for each in copies]},
+        reference=reference,
+        weight_bytes=weight_bytes,
+        moved_bytes=_moved(case, weight_bytes, 2, 2, b),
+        limit=_LIMITS[torch.float16],
+        notes={"layout": module.layout},
+    )
+
+
 def _fp8_operands(case: Case, *, pruned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     x, w, b = case.operands(torch.bfloat16, pruned=pruned)
     # Weights of size in**-0.5 would fall among the subnormals of e4m3; scale them up as a quantiser would.
@@ -405,6 +449,24 @@ PRIMARY = (
     Peer("cublas_fp16", "float16", "bias", partial(_dense, dtype=FP16)),
     Peer("cusparselt_fp16", "float16 2:4", "bias", partial(_cusparselt, dtype=FP16), needs_cuda=True),
 )
+OWN = (
+    Peer("triton_nm24_fp16", "float16 2:4", "bias", partial(_triton, config="2:4")),
+    Peer("triton_nm14_fp16", "float16 1:4", "bias", partial(_triton, config="1:4")),
+    Peer("triton_nm28_fp16", "float16 2:8", "bias", partial(_triton, config="2:8")),
+    Peer("triton_bitmap05_fp16", "float16, 5 % kept", "bias", partial(_triton, config="bitmap:0.05")),
+    Peer(
+        "triton_low_rank_rows_fp16",
+        "float16, rank 5 % + 15 % of the rows",
+        "bias",
+        partial(_triton, config="low-rank:0.05+rows:0.15", layout="grouped"),
+    ),
+    Peer(
+        "triton_int8_fp16",
+        "float16 -> int8 -> float16",
+        "scales per token and feature, bias",
+        partial(_triton, config="int8"),
+    ),
+)
 SECONDARY = (
     Peer(
         "cublas_fp16_gelu",
@@ -438,14 +500,16 @@ SECONDARY = (
 
 def jobs(dry: bool) -> list[tuple[Shape, int, Peer]]:
     """Every (shape, tokens, peer), most telling first: dense against 2:4 in fp16 on the feed-forward layers
-    at the token counts where the answer changes; then the other peers there; then the attention shapes; then
-    the rest."""
+    at the token counts where the answer changes; then this package's kernels, first where tokens are few; then
+    the other peers there; then the attention shapes; then the rest."""
     blocks: list[tuple[tuple[Shape, ...], tuple[int, ...], tuple[Peer, ...]]]
     if dry:
-        blocks = [(DRY_SHAPES, DRY_TOKENS, PRIMARY), (DRY_SHAPES, DRY_TOKENS, SECONDARY)]
+        blocks = [(DRY_SHAPES, DRY_TOKENS, peers) for peers in (PRIMARY, OWN, SECONDARY)]
     else:
         blocks = [
             (FEED_FORWARD, TELLING_TOKENS, PRIMARY),
+            (FEED_FORWARD, FEW_TOKENS, PRIMARY + OWN),
+            (FEED_FORWARD, TELLING_TOKENS, OWN),
             (FEED_FORWARD, TELLING_TOKENS, SECONDARY),
             (ATTENTION, TELLING_TOKENS, PRIMARY),
             (FEED_FORWARD + ATTENTION, OTHER_TOKENS, PRIMARY),

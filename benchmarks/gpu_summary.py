@@ -12,6 +12,12 @@ BASELINE = "cublas_fp16"
 # Column title -> peer; the ratio shown is the baseline's time over the peer's.
 RATIOS = {
     "2:4 fp16": "cusparselt_fp16",
+    "2:4 Triton": "triton_nm24_fp16",
+    "1:4 Triton": "triton_nm14_fp16",
+    "2:8 Triton": "triton_nm28_fp16",
+    "bitmap 5 % Triton": "triton_bitmap05_fp16",
+    "low rank + rows Triton": "triton_low_rank_rows_fp16",
+    "int8 Triton": "triton_int8_fp16",
     "2:4 int8": "cusparselt_int8",
     "2:4 fp8": "cusparselt_fp8",
     "2:4 CUTLASS": "cutlass_fp16",

@@ -105,3 +105,35 @@ def activate(y, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)
     return y
+
+
+@triton.jit
+def load_bitmap_tile(
+    values_ptr,
+    bitmap_ptr,
+    begins,
+    rows,
+    row_mask,
+    first_column,
+    row_bytes,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Columns ``first_column`` to ``first_column + BLOCK_K`` of ``rows`` of a bitmap weight as a dense tile, and where
+    in ``values`` each row goes on after them.
+
+    ``begins int64 (BLOCK_M)`` is where each row's values from ``first_column`` on begin. Bits past the end of a row are
+    zero in ``formats.bitmap``, and bytes past it are not read.
+    """
+    bytes_ = first_column // 8 + tl.arange(0, BLOCK_K // 8)
+    packed = tl.load(
+        bitmap_ptr + rows[:, None].to(tl.int64) * row_bytes + bytes_[None, :],
+        mask=row_mask[:, None] & (bytes_ < row_bytes)[None, :],
+        other=0,
+    )  # [BLOCK_M, BLOCK_K / 8]
+    bits = (packed[:, :, None].to(tl.int32) >> tl.arange(0, 8)[None, None, :]) & 1
+    bits = tl.reshape(bits, (BLOCK_M, BLOCK_K))
+    # Values up to and with each column: the place of a set bit's value is one less.
+    counts = tl.cumsum(bits, axis=1)
+    values = tl.load(values_ptr + begins[:, None] + (counts - 1), mask=bits != 0, other=0.0)
+    return values, begins + tl.sum(bits, axis=1)

@@ -32,6 +32,8 @@ class Case:
 def cases(arch: int) -> Iterator[Case]:
     yield from nm_cases(arch)
     yield from int8_cases(arch)
+    yield from bitmap_cases()
+    yield from low_rank_cases()
     yield from quantize_cases()
     yield from split_cases()
 
@@ -79,6 +81,78 @@ def quantize_cases() -> Iterator[Case]:
                 ("features", "x_stride"),
                 {"num_warps": max(1, min(8, block // 256)), "enable_fp_fusion": False},
             )
+
+
+def bitmap_cases() -> Iterator[Case]:
+    from sparsebert.ops.triton import bitmap_config
+
+    for name, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
+        for config in {bitmap_config(tokens, itemsize): None for tokens in TOKENS}:
+            yield Case(
+                f"bitmap_linear {name} {'x'.join(map(str, config[:3]))}",
+                "bitmap_linear:_bitmap_linear_kernel",
+                {
+                    **dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "y_ptr"), f"*{name}"),
+                    "bitmap_ptr": "*u8",
+                    "row_offsets_ptr": "*i64",
+                    **dict.fromkeys(("tokens", "in_features", "out_features", "x_stride", "row_bytes"), "i32"),
+                },
+                {
+                    "HAS_BIAS": True,
+                    "ACTIVATION": "gelu",
+                    "BLOCK_M": config.block_m,
+                    "BLOCK_N": config.block_n,
+                    "BLOCK_K": config.block_k,
+                },
+                ("in_features", "out_features", "x_stride", "row_bytes"),
+                {"num_warps": config.num_warps, "num_stages": config.num_stages},
+                dots=None if name == "fp32" else name,
+            )
+
+
+def low_rank_cases() -> Iterator[Case]:
+    """Each kind of S with every configuration in fp16, and with the first in bf16 and fp32."""
+    from sparsebert.ops.triton import low_rank_config
+
+    of_kind = {
+        "none": {},
+        "rows": {"order_ptr": "*i32"},
+        "nm": {"places_ptr": "*u8"},
+        "bitmap": {"places_ptr": "*u8", "row_offsets_ptr": "*i64"},
+    }
+    for name, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
+        configs = list({low_rank_config(tokens, itemsize): None for tokens in TOKENS})
+        for config in configs if name == "fp16" else configs[:1]:
+            for kind, own in of_kind.items():
+                own = own if kind == "none" else {"values_ptr": f"*{name}", **own}
+                optional = ("order_ptr", "values_ptr", "places_ptr", "row_offsets_ptr")
+                numbers = ("tokens", "in_features", "out_features", "rank", "x_stride", "count", "row_bytes")
+                yield Case(
+                    f"low_rank_sparse_linear {kind} {name} {'x'.join(map(str, config[:4]))}",
+                    "low_rank_sparse_linear:_low_rank_sparse_linear_kernel",
+                    {
+                        **dict.fromkeys(("x_ptr", "t_ptr", "u_ptr", "bias_ptr", "y_ptr"), f"*{name}"),
+                        **own,
+                        **dict.fromkeys(numbers, "i32"),
+                    },
+                    {
+                        **{pointer: None for pointer in optional if pointer not in own},
+                        "SPARSE": kind,
+                        "KEEP": 2,
+                        "GROUP": 4,
+                        "BITS": 2,
+                        "HAS_BIAS": True,
+                        "ACTIVATION": "gelu",
+                        "BLOCK_M": config.block_m,
+                        "BLOCK_N": config.block_n,
+                        "BLOCK_K": config.block_k,
+                        "BLOCK_R": config.block_r,
+                    },
+                    ("in_features", "out_features", "x_stride", "rank", "row_bytes"),
+                    {"num_warps": config.num_warps, "num_stages": config.num_stages},
+                    dots=None if name == "fp32" else name,
+                    packed=kind in ("rows", "nm"),
+                )
 
 
 def int8_cases(arch: int) -> Iterator[Case]:

@@ -309,7 +309,13 @@ def test_jobs_start_with_what_tells_most():
         *((768, 768), (2304, 768), (3072, 768), (768, 3072)),
         *((1024, 1024), (3072, 1024), (4096, 1024), (1024, 4096)),
     }
-    assert {tokens for _, tokens, _ in jobs} == {1, 16, 128, 512, 2048, 8192, 16384}
+    assert {tokens for _, tokens, _ in jobs} == {1, 16, 32, 128, 512, 2048, 8192, 16384}
+    # Then the package's own kernels, first where packed weights pay by their bytes, beside dense.
+    after = names[24 : 24 + 4 * 8]
+    assert {tokens for _, tokens, _ in after} == {32}
+    own = {peer.name for peer in baselines.OWN}
+    assert {peer for _, _, peer in after} == {"cublas_fp16", "cusparselt_fp16", *own}
+    assert {peer for _, _, peer in names[56 : 56 + 12 * 6]} == own
 
 
 def test_pruning_keeps_the_two_largest_of_four():

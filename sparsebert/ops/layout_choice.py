@@ -16,7 +16,7 @@ _DEFAULTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("nm_linear", "cuda"): ("cusparselt", "cutlass"),
     ("bitmap_linear", "cpu"): ("dense",),
     ("low_rank_sparse_linear", "cpu"): ("stacked", "dense"),
-    ("low_rank_sparse_linear", "cuda"): ("stacked",),
+    ("low_rank_sparse_linear", "cuda"): ("grouped", "stacked"),
     ("int8_linear", "cpu"): ("unpacked",),
     ("int8_linear", "cuda"): ("unpacked",),
 }

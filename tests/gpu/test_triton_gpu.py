@@ -7,10 +7,18 @@ import torch
 import torch.nn.functional as F
 
 import sparsebert as sb
-from sparsebert.formats import int8, nm
-from sparsebert.ops import int8_linear, nm_linear
+from sparsebert.formats import bitmap, int8, nm
+from sparsebert.ops import (
+    bitmap_linear,
+    int8_linear,
+    layouts,
+    low_rank_linear,
+    low_rank_sparse,
+    low_rank_sparse_linear,
+    nm_linear,
+)
 from sparsebert.ops.activations import ACTIVATIONS
-from sparsebert.ops.specs import Int8Spec, NMSpec
+from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,6 +81,67 @@ def test_int8_linear_against_float64(n, m, layout, activations, dtype):
                 exact = act(sums)
                 # One rounding to the dtype, and fp32 before it.
                 bound = torch.finfo(dtype).eps * exact.abs().max() + 4e-6 * exact.abs().max()
+                assert (y.double() - exact).abs().max() <= bound, (tokens, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
+def test_bitmap_linear_against_float64(density, dtype):
+    for out_features, in_features in SIZES:
+        keep = torch.rand(out_features, in_features) < density
+        dense = (torch.randn(out_features, in_features) * keep).to("cuda", dtype)
+        weight = list(bitmap.pack(dense))
+        bias = torch.randn(out_features, device="cuda", dtype=dtype)
+        sizes = BitmapSpec(len(weight[0]), in_features, out_features)._asdict()
+        for tokens in TOKENS:
+            x = torch.randn(tokens, in_features, device="cuda", dtype=dtype)
+            for activation, act in ACTIVATIONS.items():
+                poison(tokens, out_features, dtype)
+                with sb.backend("triton"):
+                    y = bitmap_linear(x, weight, bias, layout="neutral", activation=activation, **sizes)
+                exact = act(F.linear(x.double(), dense.double(), bias.double()))
+                error = (act(F.linear(x, dense, bias)).double() - exact).abs().max()
+                bound = 2 * error + torch.finfo(dtype).eps * exact.abs().max()
+                assert (y.double() - exact).abs().max() <= bound, (tokens, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("none", "neutral"), ("rows", "grouped"), ("nm", "neutral"), ("bitmap", "neutral")], ids=str
+)
+def test_low_rank_against_float64(kind, layout, dtype):
+    """From the same t = x vᵀ, which torch computes, at most twice the error of torch's sequence."""
+    for out_features, in_features in SIZES:
+        rank = max(1, in_features // 20)
+        u = torch.randn(out_features, rank, device="cuda", dtype=dtype)
+        v = torch.randn(rank, in_features, device="cuda", dtype=dtype)
+        s = torch.randn(out_features, in_features)
+        if kind == "nm":
+            s = nm.project(s, 2, 4)
+        elif kind != "none":
+            s = s * (torch.rand(out_features, 1 if kind == "rows" else in_features) < 0.15)
+        s = s.to("cuda", dtype)
+        if kind == "none":
+            sizes, weight, op = LowRankSpec(rank, in_features, out_features)._asdict(), [u, v], low_rank_linear
+            s.zero_()
+        else:
+            count = {"rows": int(s.any(1).sum()), "bitmap": int(s.count_nonzero()), "nm": 0}[kind]
+            n, m = (2, 4) if kind == "nm" else (1, 1)
+            spec = LowRankSparseSpec(rank, kind, n, m, count, in_features, out_features)
+            neutral = [u, v, *low_rank_sparse.pack_sparse(s, spec)]
+            weight = layouts.get(low_rank_sparse.OP, layout).from_neutral(neutral, spec, dtype)
+            sizes, op = spec._asdict(), low_rank_sparse_linear
+        bias = torch.randn(out_features, device="cuda", dtype=dtype)
+        for tokens in TOKENS:
+            x = torch.randn(tokens, in_features, device="cuda", dtype=dtype)
+            t = F.linear(x, v)
+            for activation, act in ACTIVATIONS.items():
+                poison(tokens, out_features, dtype)
+                with sb.backend("triton"):
+                    y = op(x, weight, bias, layout=layout, activation=activation, **sizes)
+                exact = act(t.double() @ u.double().t() + x.double() @ s.double().t() + bias.double())
+                theirs = act(F.linear(t, u, bias) + F.linear(x, s)).double()
+                bound = 2 * (theirs - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
                 assert (y.double() - exact).abs().max() <= bound, (tokens, activation)
 
 

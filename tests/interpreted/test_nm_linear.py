@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import sparsebert as sb
+from closeness import check
 from sparsebert.formats import nm
 from sparsebert.kernels.nm_linear import Config
 from sparsebert.kernels.nm_linear import nm_linear as kernel
@@ -21,17 +21,6 @@ DTYPES = [torch.float16, torch.float32]
 def weight_of(out_features: int, in_features: int, n: int, m: int, dtype: torch.dtype):
     dense = nm.project(torch.randn(out_features, in_features), n, m).to(dtype)
     return dense, nm.pack(dense, n, m)
-
-
-def check(y, x, dense, bias, activation="none"):
-    """At most twice the error of torch's op of the same dtype against float64."""
-    act = ACTIVATIONS[activation]
-    exact = act(F.linear(x.double(), dense.double(), None if bias is None else bias.double()))
-    theirs = act(F.linear(x, dense, bias))
-    assert y.shape == theirs.shape and y.dtype == theirs.dtype and y.is_contiguous()
-    error = (theirs.double() - exact).abs().max() if exact.numel() else torch.zeros(())
-    unit = torch.finfo(x.dtype).eps * exact.abs().max() if exact.numel() else 0
-    assert not exact.numel() or (y.double() - exact).abs().max() <= 2 * error + unit
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,174 @@
+"""y = activation(t uᵀ + x Sᵀ + b) for t = x vᵀ: the products with S and with u go into the same accumulators, in one
+launch.
+
+S is absent, has whole rows, an n:m pattern or any places. With whole rows the features are taken in another order, the
+rows of S first: tiles without any of them have no S to multiply by, and y is written where its features belong.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsebert.kernels.tiles import activate, load_bitmap_tile, load_nm_tile
+
+
+class Config(NamedTuple):
+    """BLOCK_M features by BLOCK_N tokens; a step takes BLOCK_K inputs of S, or BLOCK_R of the rank."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@triton.jit
+def _low_rank_sparse_linear_kernel(
+    x_ptr,
+    t_ptr,
+    u_ptr,
+    order_ptr,
+    values_ptr,
+    places_ptr,
+    row_offsets_ptr,
+    bias_ptr,
+    y_ptr,
+    tokens,
+    in_features,
+    out_features,
+    rank,
+    x_stride,
+    count,
+    row_bytes,
+    SPARSE: tl.constexpr,
+    KEEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < out_features
+    column_mask = columns < tokens
+    features = rows
+    if SPARSE == "rows":
+        features = tl.load(order_ptr + rows, mask=row_mask, other=0)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if SPARSE != "none":
+        steps = in_features
+        if SPARSE == "rows":
+            # Only the first ``count`` features have a row in S.
+            steps = tl.where(tl.program_id(0) * BLOCK_M < count, in_features, 0)
+        if SPARSE == "bitmap":
+            begins = tl.load(row_offsets_ptr + rows, mask=row_mask, other=0)
+        inner = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + columns[None, :].to(tl.int64) * x_stride + inner[:, None]
+        for k in range(0, steps, BLOCK_K):
+            inside = inner < in_features - k
+            if SPARSE == "nm":
+                kept = in_features // GROUP * KEEP
+                weight = load_nm_tile(
+                    values_ptr, places_ptr, rows, row_mask, k, kept, row_bytes, KEEP, GROUP, BITS, BLOCK_M, BLOCK_K
+                )
+            elif SPARSE == "bitmap":
+                weight, begins = load_bitmap_tile(
+                    values_ptr, places_ptr, begins, rows, row_mask, k, row_bytes, BLOCK_M, BLOCK_K
+                )
+            else:
+                weight = tl.load(
+                    values_ptr + rows[:, None].to(tl.int64) * in_features + (k + inner)[None, :],
+                    mask=(rows < count)[:, None] & inside[None, :],
+                    other=0.0,
+                )  # [BLOCK_M, BLOCK_K]
+            x = tl.load(x_ptrs + k, mask=column_mask[None, :] & inside[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+            accumulator = tl.dot(weight, x, accumulator, input_precision="ieee")
+
+    ranks = tl.arange(0, BLOCK_R)
+    for r in range(0, rank, BLOCK_R):
+        inside = ranks < rank - r
+        u = tl.load(
+            u_ptr + features[:, None].to(tl.int64) * rank + (r + ranks)[None, :],
+            mask=row_mask[:, None] & inside[None, :],
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_R]
+        t = tl.load(
+            t_ptr + columns[None, :].to(tl.int64) * rank + (r + ranks)[:, None],
+            mask=column_mask[None, :] & inside[:, None],
+            other=0.0,
+        )  # [BLOCK_R, BLOCK_N]
+        accumulator = tl.dot(u, t, accumulator, input_precision="ieee")
+
+    if HAS_BIAS:
+        accumulator += tl.load(bias_ptr + features, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+    y_ptrs = y_ptr + columns[None, :].to(tl.int64) * out_features + features[:, None]
+    y = activate(accumulator, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptrs, y, mask=row_mask[:, None] & column_mask[None, :])
+
+
+def low_rank_sparse_linear(
+    x: Tensor,
+    t: Tensor,
+    u: Tensor,
+    sparse: dict[str, Tensor],
+    bias: Tensor | None,
+    *,
+    n: int = 1,
+    m: int = 1,
+    activation: str,
+    config: Config,
+) -> Tensor:
+    """``x (tokens, in)`` with rows that may be further apart, ``t (tokens, rank)``, ``u (out, rank)``, ``bias (out)``
+    -> ``(tokens, out)``, all of one dtype.
+
+    ``sparse``: nothing; ``order int32 (out)`` and ``values (count, in)``, the rows of the first ``count`` features of
+    ``order``; ``values`` and ``positions`` of ``formats.nm``; or ``values``, ``bitmap`` and ``row_offsets`` of
+    ``formats.bitmap``.
+    """
+    tokens, in_features = x.shape
+    out_features, rank = u.shape
+    y = x.new_empty(tokens, out_features)
+    if not y.numel():
+        return y
+    kind = {"order": "rows", "positions": "nm", "bitmap": "bitmap"}
+    places = sparse.get("positions", sparse.get("bitmap"))
+    _low_rank_sparse_linear_kernel[(triton.cdiv(out_features, config.block_m), triton.cdiv(tokens, config.block_n))](
+        x,
+        t,
+        u,
+        sparse.get("order"),
+        sparse.get("values"),
+        places,
+        sparse.get("row_offsets"),
+        bias,
+        y,
+        tokens,
+        in_features,
+        out_features,
+        rank,
+        x.stride(0),
+        len(sparse["values"]) if "order" in sparse else 0,
+        0 if places is None else places.shape[1],
+        SPARSE=next((kind[name] for name in sparse if name in kind), "none"),
+        KEEP=n,
+        GROUP=m,
+        BITS=2 if m <= 4 else 4,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=config.block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y
