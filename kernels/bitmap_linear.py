@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsebert.kernels.nm_linear import Config
-from sparsebert.kernels.tiles import activate, load_bitmap_tile
+from sparsebert.kernels.tiles import Config, load_bitmap_tile, store_tile, tile_edges
 
 
 @triton.jit
@@ -33,10 +32,7 @@ def _bitmap_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < out_features
-    column_mask = columns < tokens
+    rows, row_mask, columns, column_mask = tile_edges(tokens, out_features, BLOCK_M, BLOCK_N)
 
     inner = tl.arange(0, BLOCK_K)
     begins = tl.load(row_offsets_ptr + rows, mask=row_mask, other=0)
@@ -51,11 +47,7 @@ def _bitmap_linear_kernel(
         )  # [BLOCK_K, BLOCK_N]
         accumulator = tl.dot(weight, x, accumulator, input_precision="ieee")
 
-    if HAS_BIAS:
-        accumulator += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-    y_ptrs = y_ptr + columns[None, :].to(tl.int64) * out_features + rows[:, None]
-    y = activate(accumulator, ACTIVATION).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptrs, y, mask=row_mask[:, None] & column_mask[None, :])
+    store_tile(accumulator, bias_ptr, y_ptr, rows, row_mask, columns, column_mask, out_features, HAS_BIAS, ACTIVATION)
 
 
 def bitmap_linear(

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsebert.kernels.nm_linear import Config
 from sparsebert.kernels.split_k import sum_splits
-from sparsebert.kernels.tiles import activate, load_nm_tile
+from sparsebert.kernels.tiles import Config, load_nm_tile, store_partial, store_tile, tile_edges
 
 
 @triton.jit
@@ -41,11 +40,8 @@ def _int8_linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, row_mask, columns, column_mask = tile_edges(tokens, out_features, BLOCK_M, BLOCK_N)
     split = tl.program_id(2)
-    row_mask = rows < out_features
-    column_mask = columns < tokens
 
     inner = tl.arange(0, BLOCK_K)
     q_ptrs = q_ptr + columns[None, :].to(tl.int64) * in_features + inner[:, None]
@@ -65,19 +61,15 @@ def _int8_linear_kernel(
         q = tl.load(q_ptrs + k, mask=column_mask[None, :] & inside[:, None], other=0)  # [BLOCK_K, BLOCK_N]
         accumulator = tl.dot(weight, q, accumulator, out_dtype=tl.int32)
 
-    y_ptrs = y_ptr + columns[None, :].to(tl.int64) * out_features + rows[:, None]
-    mask = row_mask[:, None] & column_mask[None, :]
     if SPLIT_K > 1:
-        tl.store(y_ptrs + split.to(tl.int64) * tokens * out_features, accumulator, mask=mask)
+        store_partial(accumulator, y_ptr, split, rows, row_mask, columns, column_mask, tokens, out_features)
     else:
         if STATIC:
             y = accumulator.to(tl.float32) * tl.load(x_scale_ptr)
         else:
             y = accumulator.to(tl.float32) * tl.load(x_scale_ptr + columns, mask=column_mask, other=0.0)[None, :]
         y *= tl.load(scale_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-        tl.store(y_ptrs, activate(y, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
+        store_tile(y, bias_ptr, y_ptr, rows, row_mask, columns, column_mask, out_features, HAS_BIAS, ACTIVATION)
 
 
 def int8_linear(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsebert.kernels.tiles import activate, load_bitmap_tile, load_nm_tile
+from sparsebert.kernels.tiles import load_bitmap_tile, load_nm_tile, store_tile, tile_edges
 
 
 class Config(NamedTuple):
@@ -56,10 +56,7 @@ def _low_rank_sparse_linear_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < out_features
-    column_mask = columns < tokens
+    rows, row_mask, columns, column_mask = tile_edges(tokens, out_features, BLOCK_M, BLOCK_N)
     features = rows
     if SPARSE == "rows":
         features = tl.load(order_ptr + rows, mask=row_mask, other=0)
@@ -108,11 +105,9 @@ def _low_rank_sparse_linear_kernel(
         )  # [BLOCK_R, BLOCK_N]
         accumulator = tl.dot(u, t, accumulator, input_precision="ieee")
 
-    if HAS_BIAS:
-        accumulator += tl.load(bias_ptr + features, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-    y_ptrs = y_ptr + columns[None, :].to(tl.int64) * out_features + features[:, None]
-    y = activate(accumulator, ACTIVATION).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptrs, y, mask=row_mask[:, None] & column_mask[None, :])
+    store_tile(
+        accumulator, bias_ptr, y_ptr, features, row_mask, columns, column_mask, out_features, HAS_BIAS, ACTIVATION
+    )
 
 
 def low_rank_sparse_linear(

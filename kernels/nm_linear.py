@@ -7,26 +7,13 @@ one token then wastes nothing but the width of the smallest tile.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sparsebert.kernels.split_k import sum_splits
-from sparsebert.kernels.tiles import activate, load_nm_tile
-
-
-class Config(NamedTuple):
-    """BLOCK_M features by BLOCK_N tokens by BLOCK_K inputs a step; ``split_k`` programs share the inputs of a tile."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    split_k: int = 1
-    num_warps: int = 4
-    num_stages: int = 3
+from sparsebert.kernels.tiles import Config, load_nm_tile, store_partial, store_tile, tile_edges
 
 
 @triton.jit
@@ -52,12 +39,8 @@ def _nm_linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    # Programs that follow each other share their tokens, whose tile then comes from L2.
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, row_mask, columns, column_mask = tile_edges(tokens, out_features, BLOCK_M, BLOCK_N)
     split = tl.program_id(2)
-    row_mask = rows < out_features
-    column_mask = columns < tokens
 
     inner = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + columns[None, :].to(tl.int64) * x_stride + inner[:, None]
@@ -72,15 +55,12 @@ def _nm_linear_kernel(
         )  # [BLOCK_K, BLOCK_N]
         accumulator = tl.dot(weight, x, accumulator, input_precision="ieee")
 
-    y_ptrs = y_ptr + columns[None, :].to(tl.int64) * out_features + rows[:, None]
-    mask = row_mask[:, None] & column_mask[None, :]
     if SPLIT_K > 1:
-        # y is (SPLIT_K, tokens, out_features) in float32; ``sum_splits`` does the rest.
-        tl.store(y_ptrs + split.to(tl.int64) * tokens * out_features, accumulator, mask=mask)
+        store_partial(accumulator, y_ptr, split, rows, row_mask, columns, column_mask, tokens, out_features)
     else:
-        if HAS_BIAS:
-            accumulator += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-        tl.store(y_ptrs, activate(accumulator, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
+        store_tile(
+            accumulator, bias_ptr, y_ptr, rows, row_mask, columns, column_mask, out_features, HAS_BIAS, ACTIVATION
+        )
 
 
 def nm_linear(

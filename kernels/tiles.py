@@ -1,9 +1,60 @@
-"""What the kernels share: unpacking a tile of an n:m weight in registers, and the epilogue's activations."""
+"""What the kernels of y = activation(x Wᵀ + b) share: a tile of the product W xᵀ, features by tokens, with its
+configuration, its edges and its epilogue; and unpacking a tile of a packed weight in registers."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Config(NamedTuple):
+    """BLOCK_M features by BLOCK_N tokens by BLOCK_K inputs a step; ``split_k`` programs share the inputs of a tile."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@triton.jit
+def tile_edges(tokens, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The rows of W and the tokens of this program's tile, and which of them there are."""
+    # Programs that follow each other share their tokens, whose tile then comes from L2.
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return rows, rows < out_features, columns, columns < tokens
+
+
+@triton.jit
+def store_tile(
+    accumulator,
+    bias_ptr,
+    y_ptr,
+    features,
+    feature_mask,
+    columns,
+    column_mask,
+    out_features,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """y[columns, features] = activation(accumulator + bias), of a float32 tile [BLOCK_M, BLOCK_N]."""
+    if HAS_BIAS:
+        accumulator += tl.load(bias_ptr + features, mask=feature_mask, other=0.0).to(tl.float32)[:, None]
+    y_ptrs = y_ptr + columns[None, :].to(tl.int64) * out_features + features[:, None]
+    y = activate(accumulator, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptrs, y, mask=feature_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit
+def store_partial(accumulator, partial_ptr, split, rows, row_mask, columns, column_mask, tokens, out_features):
+    """What one split leaves for ``split_k``: its tile of ``(SPLIT_K, tokens, out_features)``."""
+    places = (split.to(tl.int64) * tokens + columns[None, :]) * out_features + rows[:, None]
+    tl.store(partial_ptr + places, accumulator, mask=row_mask[:, None] & column_mask[None, :])
 
 
 @triton.jit

@@ -17,15 +17,23 @@ def losparse(sparse):
 
 @dataclass
 class Row:
-    """``teacher``: whether the method wants one. ``start``: what makes a model one to begin with."""
+    """``method``: made for the model. ``teacher``: whether it wants one. ``start``: what makes a model one to begin
+    with."""
 
-    method: Callable[[], sb.methods.Method]
+    method: Callable[[nn.Module], sb.methods.Method]
     teacher: bool = False
     start: Callable[[nn.Module], None] = lambda model: None
 
     def prepare(self, model: nn.Module, steps: int, teacher: nn.Module) -> sb.methods.Run:
         self.start(model)
-        return self.method().prepare(model, total_steps=steps, **({"teacher": teacher} if self.teacher else {}))
+        return self.method(model).prepare(model, total_steps=steps, **({"teacher": teacher} if self.teacher else {}))
+
+
+def layerwise(model: nn.Module) -> sb.methods.Method:
+    """ADMM whose first phase is solved from the inputs of a batch."""
+    config = sb.NMConfig(2, 4)
+    moments = sb.methods.input_moments(model, [{"input_ids": torch.arange(3, 35).view(4, 8)}], config)
+    return sb.methods.ADMM(config, input_moments=moments)
 
 
 @torch.no_grad()
@@ -35,29 +43,34 @@ def halve(model: nn.Module) -> None:
 
 
 METHODS = {
-    "magnitude": Row(lambda: sb.methods.Magnitude(sb.NMConfig(2, 4))),
-    "gradual": Row(lambda: sb.methods.GradualMagnitude(sb.BitmapConfig(0.3), granularity="global", start=0, every=1)),
-    "snip": Row(lambda: sb.methods.Snip(sb.BitmapConfig(0.3), batches=1)),
-    "platon": Row(lambda: sb.methods.Platon(sb.BitmapConfig(0.3), window=2, start=0, end=1)),
-    "seven": Row(lambda: sb.methods.SEVEN(sb.BitmapConfig(0.3), start=0, length=3, every=1)),
-    "seven-nm": Row(lambda: sb.methods.SEVEN(sb.NMConfig(2, 4), signed=True, start=0, length=2, every=1)),
-    "seven-pre": Row(lambda: sb.methods.SEVEN(sb.NMConfig(2, 4), variant="pre", batches=1)),
-    "admm": Row(lambda: sb.methods.ADMM(sb.NMConfig(2, 4), admm=0.5)),
-    "admm-sr-ste": Row(lambda: sb.methods.ADMM(sb.BitmapConfig(0.3), admm=0.4, finish="sr-ste", every=1)),
-    "admm-blocks": Row(lambda: sb.methods.ADMM(sb.BitmapConfig(0.5), projection=sb.methods.Block(2, 4, 4), admm=0.5)),
-    "admm-int8": Row(lambda: sb.methods.ADMM(sb.Int8Config(weights=sb.NMConfig(2, 4)), admm=0.5)),
-    "movement": Row(lambda: sb.methods.Movement(sb.BitmapConfig(0.3), start=1, end=0, every=1)),
-    "knowledge": Row(lambda: sb.methods.KnowledgePruning(sb.BitmapConfig(0.1), updates=3), teacher=True),
-    "knowledge-nm": Row(
-        lambda: sb.methods.KnowledgePruning(sb.NMConfig(1, 8), updates=3, task_loss=True), teacher=True
+    "magnitude": Row(lambda model: sb.methods.Magnitude(sb.NMConfig(2, 4))),
+    "gradual": Row(
+        lambda model: sb.methods.GradualMagnitude(sb.BitmapConfig(0.3), granularity="global", start=0, every=1)
     ),
-    "svd": Row(lambda: sb.methods.SVD(sb.LowRankConfig(rank=4))),
-    "losparse": Row(lambda: losparse(sb.RowsConfig(0.25))),
-    "losparse-nm": Row(lambda: losparse(sb.NMConfig(1, 4))),
-    "losparse-bitmap": Row(lambda: losparse(sb.BitmapConfig(0.2))),
-    "lpaf": Row(lambda: sb.methods.LPAF(sb.LowRankConfig(rank=4)), start=halve),
+    "snip": Row(lambda model: sb.methods.Snip(sb.BitmapConfig(0.3), batches=1)),
+    "platon": Row(lambda model: sb.methods.Platon(sb.BitmapConfig(0.3), window=2, start=0, end=1)),
+    "seven": Row(lambda model: sb.methods.SEVEN(sb.BitmapConfig(0.3), start=0, length=3, every=1)),
+    "seven-nm": Row(lambda model: sb.methods.SEVEN(sb.NMConfig(2, 4), signed=True, start=0, length=2, every=1)),
+    "seven-pre": Row(lambda model: sb.methods.SEVEN(sb.NMConfig(2, 4), variant="pre", batches=1)),
+    "admm": Row(lambda model: sb.methods.ADMM(sb.NMConfig(2, 4), admm=0.5)),
+    "admm-layers": Row(layerwise),
+    "admm-sr-ste": Row(lambda model: sb.methods.ADMM(sb.BitmapConfig(0.3), admm=0.4, finish="sr-ste", every=1)),
+    "admm-blocks": Row(
+        lambda model: sb.methods.ADMM(sb.BitmapConfig(0.5), projection=sb.methods.Block(2, 4, 4), admm=0.5)
+    ),
+    "admm-int8": Row(lambda model: sb.methods.ADMM(sb.Int8Config(weights=sb.NMConfig(2, 4)), admm=0.5)),
+    "movement": Row(lambda model: sb.methods.Movement(sb.BitmapConfig(0.3), start=1, end=0, every=1)),
+    "knowledge": Row(lambda model: sb.methods.KnowledgePruning(sb.BitmapConfig(0.1), updates=3), teacher=True),
+    "knowledge-nm": Row(
+        lambda model: sb.methods.KnowledgePruning(sb.NMConfig(1, 8), updates=3, task_loss=True), teacher=True
+    ),
+    "svd": Row(lambda model: sb.methods.SVD(sb.LowRankConfig(rank=4))),
+    "losparse": Row(lambda model: losparse(sb.RowsConfig(0.25))),
+    "losparse-nm": Row(lambda model: losparse(sb.NMConfig(1, 4))),
+    "losparse-bitmap": Row(lambda model: losparse(sb.BitmapConfig(0.2))),
+    "lpaf": Row(lambda model: sb.methods.LPAF(sb.LowRankConfig(rank=4)), start=halve),
     "lpaf-taught": Row(
-        lambda: sb.methods.LPAF(sb.LowRankConfig(rank=4), train_sparse=True),
+        lambda model: sb.methods.LPAF(sb.LowRankConfig(rank=4), train_sparse=True),
         teacher=True,
         start=halve,
     ),

@@ -374,6 +374,7 @@ def test_a_layer_run_trains_resumes_and_packs(config, finish):
         return model, method.prepare(model, total_steps=6)
 
     model, run = begin()
+    assert run.options.input_moments is None and method.input_moments is moments
     train(model, run, 6)
     whole = {path: run.weight(path).detach().clone() for path in run.configs}
     sb.compress_(model, run.finalize())

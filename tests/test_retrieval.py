@@ -159,7 +159,7 @@ def test_training_batches_are_fixed_by_the_seed_and_show_every_text_each_epoch()
 
 
 def test_the_learning_rate_warms_up_and_falls_to_almost_nothing():
-    recipe = demo.Recipe(steps=100, warmup=0.1)
+    recipe = demo.Recipe(steps=100, learning_rate=1.0, warmup=0.1)
     rates = [recipe.rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1.0
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)

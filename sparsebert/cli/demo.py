@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,9 +91,9 @@ class Recipe:
             raise ValueError(f"demo: steps is {self.steps}, expected at least 1")
 
     def rate(self, step: int) -> float:
-        """Factor of the learning rate at step 0 .. steps - 1."""
+        """Learning rate of step 0 .. steps - 1."""
         warm = max(1, round(self.warmup * self.steps))
-        return min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm), 1.0)
+        return self.learning_rate * min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm), 1.0)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def run_demo(
     baseline = copy.deepcopy(dense)
     run = sb.methods.Magnitude(pattern).prepare(baseline, total_steps=recipe.steps)
     measure_arm("one_shot", baseline, "prune to 2:4 in one shot, measure")
-    recover(baseline, run, texts, target, recipe, recipe.learning_rate, progress, "distil with that mask held")
+    recover(baseline, run, texts, target, recipe, progress, "distil with that mask held")
     run.finalize()
     measure_arm("masked", baseline, "measure the baseline")
     del baseline
@@ -192,7 +192,8 @@ def run_demo(
         step.outcome = f"{convergence['round']:.0f} rounds, primal residual {convergence['primal']:.3f}"
     del moments
     measure_arm("admm", model, "measure")
-    recover(model, run, texts, target, recipe, recipe.admm_learning_rate, progress, "distil what ADMM left")
+    gentler = replace(recipe, learning_rate=recipe.admm_learning_rate)
+    recover(model, run, texts, target, gentler, progress, "distil what ADMM left")
     plan = run.finalize()
     reference = measure_arm("recovered", model, "measure the recovered model")
 
@@ -349,7 +350,6 @@ def recover(
     texts: Texts,
     target: Tensor,
     recipe: Recipe,
-    learning_rate: float,
     progress: Steps,
     name: str,
 ) -> None:
@@ -361,13 +361,13 @@ def recover(
     batches = training_batches(texts.lengths(), recipe)
     model.requires_grad_(False)
     trained = [p.requires_grad_(True) for p in model.get_submodule("encoder").parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=recipe.betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0)
     run.attach(optimizer)
     model.eval()
     with progress.step(name) as step:
         for done, indices in enumerate(batches):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * recipe.rate(done)
+                group["lr"] = recipe.rate(done)
             inputs = texts.batch(indices)
             outputs = model(**inputs)
             student = mean_pool(outputs.last_hidden_state, inputs["attention_mask"])

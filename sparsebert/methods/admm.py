@@ -14,6 +14,7 @@ Optimization for Highly Sparse One-Shot Pruning for Large Language Models (NeurI
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -104,8 +105,10 @@ class ADMM(Method):
     first round only holds weights in place; here the norm is squared and Z projected.
 
     Memory: two numbers a weight in the first phase (three in the first round where ``decoupled``); then a byte, and one
-    number where a dense weight is kept. ``ValueError`` for options out of range; in ``prepare`` for a config without a
-    projection, a projection that does not fit, more rounds than steps, and a teacher: distillation is the loop's.
+    number where a dense weight is kept. The run lets go of ``input_moments`` once ``prepare`` is done.
+
+    ``ValueError`` for options out of range; in ``prepare`` for a config without a projection, a projection that does
+    not fit, moments that do not, more rounds than steps, and a teacher: distillation is the loop's.
     """
 
     def __init__(
@@ -223,6 +226,9 @@ class ADMMRun(MaskedRun):
                 self._solve(path, layer)
         if moments is not None:
             self._impose()
+            # In² numbers a layer, which nothing needs any more.
+            self.options = copy.copy(method)
+            self.options.input_moments = None
 
     @property
     def round(self) -> int:

@@ -24,7 +24,7 @@ from sparsebert.ops.specs import LowRankSparseSpec
 
 if TYPE_CHECKING:
     from sparsebert.kernels.low_rank_sparse_linear import Config as LowRankConfig
-    from sparsebert.kernels.nm_linear import Config
+    from sparsebert.kernels.tiles import Config
 
 # Of a low-rank weight plus whole rows: the rows and the features without one, each in a block of its own.
 GROUPED = "grouped"
@@ -84,7 +84,7 @@ def sms_of(device: torch.device) -> int:
 def nm_config(n: int, m: int, in_features: int, out_features: int, tokens: int, itemsize: int, sms: int) -> Config:
     """The estimate for ``nm_linear``: as few token columns as hold the tokens, 64 features (the rows of a Hopper MMA),
     128 bytes of inputs a step."""
-    from sparsebert.kernels.nm_linear import Config
+    from sparsebert.kernels.tiles import Config
 
     block_n = min(256 // itemsize, max(16, 1 << (tokens - 1).bit_length()))
     block_m = 64 if block_n < 64 or itemsize == 4 else 128
@@ -99,7 +99,7 @@ def nm_config(n: int, m: int, in_features: int, out_features: int, tokens: int, 
 @lru_cache(maxsize=4096)
 def int8_config(in_features: int, out_features: int, tokens: int, sms: int) -> Config:
     """The estimate for ``int8_linear``: as for ``nm_linear``, with 128 inputs a step."""
-    from sparsebert.kernels.nm_linear import Config
+    from sparsebert.kernels.tiles import Config
 
     block_n = min(128, max(16, 1 << (tokens - 1).bit_length()))
     block_m = 64 if block_n < 64 else 128
@@ -111,7 +111,7 @@ def int8_config(in_features: int, out_features: int, tokens: int, sms: int) -> C
 @lru_cache(maxsize=4096)
 def bitmap_config(tokens: int, itemsize: int) -> Config:
     """The estimate for ``bitmap_linear``: where a row's values lie is counted along the row, so nothing is split."""
-    from sparsebert.kernels.nm_linear import Config
+    from sparsebert.kernels.tiles import Config
 
     block_n = min(128 // itemsize, max(16, 1 << (tokens - 1).bit_length()))
     return Config(64, block_n, 64 if itemsize == 2 else 32, num_warps=8)

@@ -9,7 +9,7 @@ import sparsebert as sb
 from closeness import check
 from sparsebert.formats import bitmap
 from sparsebert.kernels.bitmap_linear import bitmap_linear as kernel
-from sparsebert.kernels.nm_linear import Config
+from sparsebert.kernels.tiles import Config
 from sparsebert.ops import bitmap_linear
 from sparsebert.ops.activations import ACTIVATIONS
 from sparsebert.ops.specs import BitmapSpec

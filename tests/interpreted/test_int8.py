@@ -8,9 +8,9 @@ import torch
 import sparsebert as sb
 from sparsebert.formats import int8, nm
 from sparsebert.kernels.int8_linear import int8_linear as kernel
-from sparsebert.kernels.nm_linear import Config
 from sparsebert.kernels.quantize_rows import LONGEST
 from sparsebert.kernels.quantize_rows import quantize_rows as quantize
+from sparsebert.kernels.tiles import Config
 from sparsebert.ops import int8_linear
 from sparsebert.ops.activations import ACTIVATIONS
 from sparsebert.ops.specs import Int8Spec

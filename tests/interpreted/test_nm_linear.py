@@ -8,8 +8,8 @@ import torch
 import sparsebert as sb
 from closeness import check
 from sparsebert.formats import nm
-from sparsebert.kernels.nm_linear import Config
 from sparsebert.kernels.nm_linear import nm_linear as kernel
+from sparsebert.kernels.tiles import Config
 from sparsebert.ops import nm_linear, select
 from sparsebert.ops.activations import ACTIVATIONS
 from sparsebert.ops.specs import NMSpec
