@@ -29,6 +29,14 @@ class Case:
     packed: bool = False
 
 
+def _sides(config: Any) -> dict[str, int]:
+    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+
+
+def _options(config: Any) -> dict[str, int]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
 def cases(arch: int) -> Iterator[Case]:
     yield from nm_cases(arch)
     yield from int8_cases(arch)
@@ -100,12 +108,10 @@ def bitmap_cases() -> Iterator[Case]:
                 {
                     "HAS_BIAS": True,
                     "ACTIVATION": "gelu",
-                    "BLOCK_M": config.block_m,
-                    "BLOCK_N": config.block_n,
-                    "BLOCK_K": config.block_k,
+                    **_sides(config),
                 },
                 ("in_features", "out_features", "x_stride", "row_bytes"),
-                {"num_warps": config.num_warps, "num_stages": config.num_stages},
+                _options(config),
                 dots=None if name == "fp32" else name,
             )
 
@@ -143,13 +149,11 @@ def low_rank_cases() -> Iterator[Case]:
                         "BITS": 2,
                         "HAS_BIAS": True,
                         "ACTIVATION": "gelu",
-                        "BLOCK_M": config.block_m,
-                        "BLOCK_N": config.block_n,
-                        "BLOCK_K": config.block_k,
+                        **_sides(config),
                         "BLOCK_R": config.block_r,
                     },
                     ("in_features", "out_features", "x_stride", "rank", "row_bytes"),
-                    {"num_warps": config.num_warps, "num_stages": config.num_stages},
+                    _options(config),
                     dots=None if name == "fp32" else name,
                     packed=kind in ("rows", "nm"),
                 )
@@ -186,13 +190,11 @@ def int8_cases(arch: int) -> Iterator[Case]:
                     "STATIC": False,
                     "HAS_BIAS": True,
                     "ACTIVATION": "gelu",
-                    "BLOCK_M": config.block_m,
-                    "BLOCK_N": config.block_n,
-                    "BLOCK_K": config.block_k,
+                    **_sides(config),
                     "SPLIT_K": config.split_k,
                 },
                 ("in_features", "out_features", "kept", "position_bytes"),
-                {"num_warps": config.num_warps, "num_stages": config.num_stages},
+                _options(config),
                 dots="int8",
                 packed=True,
             )
@@ -231,13 +233,11 @@ def nm_cases(arch: int) -> Iterator[Case]:
                             "BITS": 2 if m <= 4 else 4,
                             "HAS_BIAS": True,
                             "ACTIVATION": "gelu",
-                            "BLOCK_M": config.block_m,
-                            "BLOCK_N": config.block_n,
-                            "BLOCK_K": config.block_k,
+                            **_sides(config),
                             "SPLIT_K": config.split_k,
                         },
                         ("in_features", "out_features", "x_stride", "kept", "position_bytes"),
-                        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+                        _options(config),
                         # fp32 is multiplied in full, not as tf32: without tensor cores.
                         dots=None if name == "fp32" else name,
                         # Other patterns are gathered slot by slot.

@@ -225,9 +225,9 @@ def trained(folder, row, kind=sb.hf.CompressionTrainer, **changes):
     return parameters(model)
 
 
-PULLED = Row(lambda: Pulled(sb.BitmapConfig(0.5)))
-KEEPING = Row(lambda: sb.methods.KnowledgePruning(sb.BitmapConfig(1.0)), teacher=True)
-BOTH = Row(lambda: sb.methods.KnowledgePruning(sb.BitmapConfig(1.0), task_loss=True), teacher=True)
+PULLED = Row(lambda model: Pulled(sb.BitmapConfig(0.5)))
+KEEPING = Row(lambda model: sb.methods.KnowledgePruning(sb.BitmapConfig(1.0)), teacher=True)
+BOTH = Row(lambda model: sb.methods.KnowledgePruning(sb.BitmapConfig(1.0), task_loss=True), teacher=True)
 
 
 def mean_loss(outputs, labels, num_items_in_batch=None):
