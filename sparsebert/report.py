@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sparsebert.nn import PackedLinear
-from sparsebert.ops import layout_choice, layouts, measurements, select
+from sparsebert.ops import layout_choice, layouts, select
+from sparsebert.ops.devices import describe
 from sparsebert.roles import find_layers
 
 
@@ -200,7 +201,7 @@ def explain(model: nn.Module, *, tokens: int = 128) -> Explanation:
                 basis,
             )
         )
-    return Explanation(measurements.device_name(device), tokens, tuple(layers))
+    return Explanation(describe(device).name, tokens, tuple(layers))
 
 
 def packed_layers(model: nn.Module) -> list[tuple[str, PackedLinear]]:
@@ -230,10 +231,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _kernel(problem: select.Problem) -> str:
     try:
-        candidate = select.choose(problem)
+        solution = select.choose(problem)
     except RuntimeError as error:
         return f"nothing ({error})"
-    return f"{candidate.backend} ({candidate.description})"
+    return f"{solution.backend} ({solution.description})"
 
 
 def _own_bytes(module: nn.Module, seen: set[int]) -> Bytes:

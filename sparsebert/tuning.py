@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsebert.bench.timing import Timing, measure_together
 from sparsebert.nn import PackedLinear
 from sparsebert.ops import layouts, measurements, select
+from sparsebert.ops.devices import describe
 from sparsebert.report import packed_layers, table
 
 Progress = Callable[[int, int, str], None]
@@ -115,7 +116,7 @@ def tune(
         fastest = measurements.fastest_layout(module.spec, module.dtype, module.device)
         held[path] = module.layout
         reasons[path] = fastest.reason if fastest else "not measured here"
-    return TuneReport(measurements.device_name(layers[0][1].device), mode, tuple(results), held, reasons, str(file))
+    return TuneReport(describe(layers[0][1].device).name, mode, tuple(results), held, reasons, str(file))
 
 
 def _compare(module: PackedLinear, tokens: int, budget_s: float) -> tuple[dict[str, Timing], dict[str, str]]:

@@ -10,10 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Bytes of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, table of technical
-# specifications).
-SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-
 
 @dataclass(frozen=True)
 class Compiled:

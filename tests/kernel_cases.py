@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, product
 from typing import Any
+
+import torch
+
+from sparsebert.ops.devices import Device
+from sparsebert.ops.select import Problem, candidates
+from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSpec, NMSpec, Spec
 
 # (out_features, in_features) of BERT-base's and BERT-large's layers.
 SHAPES = [(768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096)]
 TOKENS = [1, 16, 32, 128, 512, 4096, 16384]
 PATTERNS = [(2, 4), (1, 4), (2, 8), (4, 8), (1, 16), (3, 4)]
-# Streaming multiprocessors of a GPU with each capability: A100, L4, H200, B200, RTX 5090.
-SMS = {80: 108, 89: 58, 90: 132, 100: 148, 120: 170}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Bytes of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, table of technical
+# specifications), and streaming multiprocessors of one GPU with each: A100, L4, H200, B200, RTX 5090.
+DEVICES = {
+    80: Device("cuda", "A100", (8, 0), 108, 163 << 10),
+    89: Device("cuda", "L4", (8, 9), 58, 99 << 10),
+    90: Device("cuda", "H200", (9, 0), 132, 227 << 10),
+    100: Device("cuda", "B200", (10, 0), 148, 227 << 10),
+    120: Device("cuda", "RTX 5090", (12, 0), 170, 99 << 10),
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +52,27 @@ def _options(config: Any) -> dict[str, int]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-def cases(arch: int) -> Iterator[Case]:
-    yield from nm_cases(arch)
-    yield from int8_cases(arch)
-    yield from bitmap_cases()
-    yield from low_rank_cases()
+def configured(
+    spec: Spec, arch: int, tokens: int, dtype: torch.dtype, every: bool, layout: str = "neutral"
+) -> list[Any]:
+    """The estimate of Triton's kernel, or ``every`` configuration that ``tune`` may try; those that differ in nothing
+    that is compiled but the number of splits as one."""
+    problem = Problem(layout, DEVICES[arch], dtype, spec, tokens, "gelu")
+    (kernel,) = (found for found in candidates(spec.op, layout) if found.backend == "triton")
+    assert kernel.configurations is not None
+    found = kernel.configurations(problem)
+    return list(dict.fromkeys(_few_splits(config) for config in (found if every else found[:1])))
+
+
+def _few_splits(config: Any) -> Any:
+    return config._replace(split_k=2) if getattr(config, "split_k", 1) > 2 else config
+
+
+def cases(arch: int, every: bool = False) -> Iterator[Case]:
+    yield from nm_cases(arch, every)
+    yield from int8_cases(arch, every)
+    yield from bitmap_cases(arch, every)
+    yield from low_rank_cases(arch, every)
     yield from quantize_cases()
     yield from split_cases()
 
@@ -91,13 +122,17 @@ def quantize_cases() -> Iterator[Case]:
             )
 
 
-def bitmap_cases() -> Iterator[Case]:
-    from sparsebert.ops.triton import bitmap_config
+def _over(tokens: Iterable[int], found: Callable[[int], list[Any]]) -> list[Any]:
+    """The configurations of all token counts, each once."""
+    return list(dict.fromkeys(config for count in tokens for config in found(count)))
 
-    for name, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
-        for config in {bitmap_config(tokens, itemsize): None for tokens in TOKENS}:
+
+def bitmap_cases(arch: int, every: bool) -> Iterator[Case]:
+    spec = BitmapSpec(200_000, 1024, 4096)
+    for name, dtype in DTYPES.items():
+        for config in _over(TOKENS, lambda tokens, dtype=dtype: configured(spec, arch, tokens, dtype, every)):
             yield Case(
-                f"bitmap_linear {name} {'x'.join(map(str, config[:3]))}",
+                f"bitmap_linear {name} {'x'.join(map(str, config))}",
                 "bitmap_linear:_bitmap_linear_kernel",
                 {
                     **dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "y_ptr"), f"*{name}"),
@@ -116,25 +151,24 @@ def bitmap_cases() -> Iterator[Case]:
             )
 
 
-def low_rank_cases() -> Iterator[Case]:
+def low_rank_cases(arch: int, every: bool) -> Iterator[Case]:
     """Each kind of S with every configuration in fp16, and with the first in bf16 and fp32."""
-    from sparsebert.ops.triton import low_rank_config
-
     of_kind = {
         "none": {},
         "rows": {"order_ptr": "*i32"},
         "nm": {"places_ptr": "*u8"},
         "bitmap": {"places_ptr": "*u8", "row_offsets_ptr": "*i64"},
     }
-    for name, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
-        configs = list({low_rank_config(tokens, itemsize): None for tokens in TOKENS})
+    spec = LowRankSpec(48, 1024, 4096)
+    for name, dtype in DTYPES.items():
+        configs = _over(TOKENS, lambda tokens, dtype=dtype: configured(spec, arch, tokens, dtype, every))
         for config in configs if name == "fp16" else configs[:1]:
             for kind, own in of_kind.items():
                 own = own if kind == "none" else {"values_ptr": f"*{name}", **own}
                 optional = ("order_ptr", "values_ptr", "places_ptr", "row_offsets_ptr")
                 numbers = ("tokens", "in_features", "out_features", "rank", "x_stride", "count", "row_bytes")
                 yield Case(
-                    f"low_rank_sparse_linear {kind} {name} {'x'.join(map(str, config[:4]))}",
+                    f"low_rank_sparse_linear {kind} {name} {'x'.join(map(str, config))}",
                     "low_rank_sparse_linear:_low_rank_sparse_linear_kernel",
                     {
                         **dict.fromkeys(("x_ptr", "t_ptr", "u_ptr", "bias_ptr", "y_ptr"), f"*{name}"),
@@ -159,21 +193,16 @@ def low_rank_cases() -> Iterator[Case]:
                 )
 
 
-def int8_cases(arch: int) -> Iterator[Case]:
+def int8_cases(arch: int, every: bool) -> Iterator[Case]:
     """Each configuration once with a dense weight and once at 2:4."""
-    from sparsebert.ops.triton import int8_config
-
-    configs = {}
-    for out_features, in_features in SHAPES:
-        for tokens in TOKENS:
-            config = int8_config(in_features, out_features, tokens, SMS[arch])
-            configs.setdefault(config._replace(split_k=min(2, config.split_k)), config)
-    for config in configs.values():
-        for n, m in ((1, 1), (2, 4)):
+    for n, m in ((1, 1), (2, 4)):
+        specs = [Int8Spec("dynamic", n, m, in_features, out_features) for out_features, in_features in SHAPES]
+        found = [configured(spec, arch, tokens, torch.float16, every) for spec, tokens in product(specs, TOKENS)]
+        for config in dict.fromkeys(chain.from_iterable(found)):
             pointers = {"q_ptr": "*i8", "values_ptr": "*i8", "x_scale_ptr": "*fp32", "scale_ptr": "*fp32"}
             numbers = ("tokens", "in_features", "out_features", "kept", "position_bytes")
             yield Case(
-                f"int8_linear {'dense' if m == 1 else f'{n}:{m}'} {'x'.join(map(str, config[:4]))}",
+                f"int8_linear {'dense' if m == 1 else f'{n}:{m}'} {'x'.join(map(str, config))}",
                 "int8_linear:_int8_linear_kernel",
                 {
                     **pointers,
@@ -200,46 +229,42 @@ def int8_cases(arch: int) -> Iterator[Case]:
             )
 
 
-def nm_cases(arch: int) -> Iterator[Case]:
+def nm_cases(arch: int, every: bool) -> Iterator[Case]:
     """Each configuration once, with the pattern it is first met with, and each pattern once more with one of them."""
-    from sparsebert.ops.triton import nm_config
-
     seen = set()
-    for name, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
+    for name, dtype in DTYPES.items():
         # Patterns differ alike in every dtype.
-        for n, m in PATTERNS if name == "fp16" else PATTERNS[:2]:
-            for out_features, in_features in SHAPES:
-                for tokens in TOKENS:
-                    config = nm_config(n, m, in_features, out_features, tokens, itemsize, SMS[arch])
-                    # More than two splits differ in nothing that is compiled but a number.
-                    key = (name, config._replace(split_k=min(2, config.split_k)))
-                    if (*key, None) in seen and (name, (n, m)) in seen:
-                        continue
-                    seen |= {(*key, None), (name, (n, m))}
-                    pointers = dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr"), f"*{name}")
-                    numbers = ("tokens", "in_features", "out_features", "x_stride", "kept", "position_bytes")
-                    yield Case(
-                        f"nm_linear {n}:{m} {name} {'x'.join(map(str, config[:4]))}",
-                        "nm_linear:_nm_linear_kernel",
-                        {
-                            **pointers,
-                            "positions_ptr": "*u8",
-                            "y_ptr": "*fp32" if config.split_k > 1 else f"*{name}",
-                            **dict.fromkeys(numbers, "i32"),
-                        },
-                        {
-                            "KEEP": n,
-                            "GROUP": m,
-                            "BITS": 2 if m <= 4 else 4,
-                            "HAS_BIAS": True,
-                            "ACTIVATION": "gelu",
-                            **_sides(config),
-                            "SPLIT_K": config.split_k,
-                        },
-                        ("in_features", "out_features", "x_stride", "kept", "position_bytes"),
-                        _options(config),
-                        # fp32 is multiplied in full, not as tf32: without tensor cores.
-                        dots=None if name == "fp32" else name,
-                        # Other patterns are gathered slot by slot.
-                        packed=not n & (n - 1),
-                    )
+        for (n, m), (out_features, in_features), tokens in product(
+            PATTERNS if name == "fp16" else PATTERNS[:2], SHAPES, TOKENS
+        ):
+            for config in configured(NMSpec(n, m, in_features, out_features), arch, tokens, dtype, every):
+                if {(name, config), (name, n, m)} <= seen:
+                    continue
+                seen |= {(name, config), (name, n, m)}
+                pointers = dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr"), f"*{name}")
+                numbers = ("tokens", "in_features", "out_features", "x_stride", "kept", "position_bytes")
+                yield Case(
+                    f"nm_linear {n}:{m} {name} {'x'.join(map(str, config))}",
+                    "nm_linear:_nm_linear_kernel",
+                    {
+                        **pointers,
+                        "positions_ptr": "*u8",
+                        "y_ptr": "*fp32" if config.split_k > 1 else f"*{name}",
+                        **dict.fromkeys(numbers, "i32"),
+                    },
+                    {
+                        "KEEP": n,
+                        "GROUP": m,
+                        "BITS": 2 if m <= 4 else 4,
+                        "HAS_BIAS": True,
+                        "ACTIVATION": "gelu",
+                        **_sides(config),
+                        "SPLIT_K": config.split_k,
+                    },
+                    ("in_features", "out_features", "x_stride", "kept", "position_bytes"),
+                    _options(config),
+                    # fp32 is multiplied in full, not as tf32: without tensor cores.
+                    dots=None if name == "fp32" else name,
+                    # Other patterns are gathered slot by slot.
+                    packed=not n & (n - 1),
+                )

@@ -99,6 +99,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("sparsebert.cli.info", "sparsebert.ops.layouts"): "shows what there is to choose from",
     ("sparsebert.cli.info", "sparsebert.ops.select"): "likewise",
     ("sparsebert.cli.info", "sparsebert.ops.measurements"): "shows what was measured on this machine",
+    ("sparsebert.cli.info", "sparsebert.ops.devices"): "likewise",
 }
 
 # Loading with these runs what the file says.
@@ -383,8 +384,8 @@ def tree(tmp_path):
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
             "may not import",
         ),
-        ("ops/triton.py", "from sparsebert.kernels import nm_linear", "only inside a function"),
-        ("ops/triton.py", "import triton", "may import triton only inside a function"),
+        ("ops/triton/nm.py", "from sparsebert.kernels import nm_linear", "only inside a function"),
+        ("ops/triton/nm.py", "import triton", "may import triton only inside a function"),
         ("ops/cuda.py", "from sparsebert import _C", "may import _C only inside a function"),
         ("ops/cuda.py", "class A:\n    from sparsebert import _C", "may import _C only inside a function"),
         (
@@ -421,7 +422,7 @@ def test_the_check_finds(tree, path, text, complaint):
     [
         ("methods/a.py", "import json\nimport torch.nn.functional as F\nfrom sparsebert.formats import nm"),
         ("methods/a.py", "from .b import helper\nfrom . import b"),
-        ("ops/triton.py", "def run():\n    import triton\n    from sparsebert.kernels import nm_linear"),
+        ("ops/triton/nm.py", "def run():\n    import triton\n    from sparsebert.kernels import nm_linear"),
         ("ops/cuda.py", "def run():\n    from sparsebert import _C"),
         (
             "ops/a.py",

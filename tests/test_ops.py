@@ -13,6 +13,7 @@ import sparsebert.ops
 from packed_cases import INPUT_SCALE, KINDS, LEAD, OUT, RANK, held, in_features_of, make, pairs
 from sparsebert.formats import int8 as int8_format
 from sparsebert.ops import int8, layouts, select
+from sparsebert.ops.devices import Device
 from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec, NMSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -542,10 +543,10 @@ def test_torchs_int8_matmul_is_for_cpus_that_have_one(kind, layout, monkeypatch)
 def test_torchs_int8_matmul_says_what_a_gpu_needs():
     (candidate,) = (c for c in select.candidates("int8_linear", "neutral") if c.backend == "torch")
     spec = Int8Spec("dynamic", 1, 1, 100, 64)
-    base = select.Problem("neutral", "cuda", (9, 0), torch.float16, spec, 5, "none")
+    base = select.Problem("neutral", Device("cuda", "a GPU", (9, 0)), torch.float16, spec, 5, "none")
     assert "in multiples of 8, not 64 x 100" in candidate.supports(base)
     assert candidate.supports(base._replace(spec=spec._replace(in_features=104))) is None
-    assert candidate.supports(base._replace(device_type="xpu")) == "needs a CPU or a CUDA device, not xpu"
+    assert candidate.supports(base._replace(device=Device("xpu"))) == "needs a CPU or a CUDA device, not xpu"
 
 
 def test_layouts_refuse_what_they_are_not_for():

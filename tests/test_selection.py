@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparsebert.ops import layout_choice, layouts, measurements, select
+from sparsebert.ops.devices import Device
 from sparsebert.ops.specs import NMSpec
 
 SPEC = NMSpec(2, 4, 768, 3072)
@@ -25,8 +26,7 @@ def table(tmp_path, monkeypatch):
 def problem(layout="neutral", **change):
     values = {
         "layout": layout,
-        "device_type": "cpu",
-        "capability": None,
+        "device": Device("cpu"),
         "dtype": torch.float32,
         "spec": SPEC,
         "tokens": 128,
@@ -115,7 +115,7 @@ def test_sparse_tensor_core_layouts_refuse_a_cpu(spec, dtype, text):
 def test_sparse_tensor_core_layouts_say_why(monkeypatch, spec, dtype, capability, text):
     from sparsebert.ops import torch_sparse
 
-    monkeypatch.setattr(torch_sparse, "capability", lambda device: capability)
+    monkeypatch.setattr(torch_sparse, "describe", lambda device: Device("cuda", "a GPU", capability))
     for name in ("cusparselt", "cutlass"):
         assert text in layouts.get("nm_linear", name).supports(spec, dtype, CUDA)
 
@@ -196,7 +196,11 @@ def test_token_buckets(tokens, bucket):
 def test_a_call_is_judged_by_the_capability_of_its_own_device():
     """Not by the current device: machines hold GPUs of several kinds."""
     (candidate,) = select.candidates("nm_linear", "cutlass")
-    call = {"device_type": "cuda", "dtype": torch.float16}
-    assert candidate.supports(problem("cutlass", **call, capability=(8, 6))) is None
-    assert "8.x, found 9.0" in candidate.supports(problem("cutlass", **call, capability=(9, 0)))
-    assert "found 7.5" in candidate.supports(problem("cutlass", **call, capability=(7, 5)))
+
+    def refusal(*capability):
+        device = Device("cuda", "a GPU", capability)
+        return candidate.supports(problem("cutlass", device=device, dtype=torch.float16))
+
+    assert refusal(8, 6) is None
+    assert "8.x, found 9.0" in refusal(9, 0)
+    assert "found 7.5" in refusal(7, 5)

@@ -7,10 +7,10 @@ import importlib
 
 import pytest
 
-from aot import SHARED_LIMIT, Compiled, compile_for
-from kernel_cases import Case, cases, quantize_cases
+from aot import Compiled, compile_for
+from kernel_cases import DEVICES, Case, cases, quantize_cases
 
-ARCHS = [pytest.param(arch, marks=() if arch in (80, 90) else pytest.mark.slow) for arch in SHARED_LIMIT]
+ARCHS = [pytest.param(arch, marks=() if arch in (80, 90) else pytest.mark.slow) for arch in DEVICES]
 # How a product of 16-bit floats, and of int8, reads in SASS: wgmma on sm_90, tcgen05 on sm_100 (floats), else mma.
 PRODUCTS = {90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "IMMA")}
 LOADS = ("LDG.E.128", "LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128")
@@ -21,8 +21,8 @@ def test_every_configuration_compiles(arch):
     wrong = []
     for case in cases(arch):
         found = compile_case(case, arch)
-        if found.shared > SHARED_LIMIT[arch]:
-            wrong.append(f"{case.name}: {found.shared} bytes of shared memory, expected at most {SHARED_LIMIT[arch]}")
+        if found.shared > DEVICES[arch].shared_bytes:
+            wrong.append(f"{case.name}: {found.shared} bytes of shared memory, {DEVICES[arch].name} has fewer")
         if found.local:
             wrong.append(f"{case.name}: {found.local} bytes of local memory a thread, expected no spills")
         if case.dots is not None:

@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
     from sparsebert.bench.environment import device_label, environment
     from sparsebert.cli.common import the_device
     from sparsebert.nn import MODULES
-    from sparsebert.ops import layouts, measurements, select
+    from sparsebert.ops import devices, layouts, measurements, select
 
     device = the_device(None)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -43,9 +43,7 @@ def machine() -> dict[str, Any]:
         spec = example(*EXAMPLE_FEATURES, **sizes, device="meta").spec
         for name in layouts.names(spec.op):
             reason = layouts.get(spec.op, name).supports(spec, dtype, device)
-            problem = select.Problem(
-                name, device.type, select.capability(device), dtype, spec, EXAMPLE_TOKENS, activation="none"
-            )
+            problem = select.Problem(name, devices.describe(device), dtype, spec, EXAMPLE_TOKENS, activation="none")
             kernels = [
                 {"backend": kernel.backend, "description": kernel.description, "refused": reason or refused}
                 for kernel, refused in select.review(problem)
@@ -65,7 +63,7 @@ def machine() -> dict[str, Any]:
         backends[backend] = {"layouts": usable, "refused": why}
     file = measurements.path()
     rows = measurements.load()
-    here = measurements.device_name(device)
+    here = devices.describe(device).name
     return {
         "environment": environment(),
         "device": device_label(device),

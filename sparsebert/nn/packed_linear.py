@@ -16,6 +16,7 @@ from sparsebert.formats import nm
 from sparsebert.formats.common import check_indices
 from sparsebert.ops import layout_choice, layouts, select
 from sparsebert.ops.activations import ACTIVATIONS, activate
+from sparsebert.ops.devices import describe
 from sparsebert.ops.layouts import COMPUTE, DENSE, FLOAT, NEUTRAL, Held
 from sparsebert.ops.specs import Spec
 
@@ -316,10 +317,7 @@ class PackedLinear(nn.Module, ABC):
 
     def problem(self, tokens: int) -> select.Problem:
         """What a call with ``tokens`` rows of x asks of the kernels."""
-        device = self.device
-        return select.Problem(
-            self.layout, device.type, select.capability(device), self.dtype, self.spec, tokens, self.activation
-        )
+        return select.Problem(self.layout, describe(self.device), self.dtype, self.spec, tokens, self.activation)
 
     def extra_repr(self) -> str:
         text = (

@@ -122,10 +122,10 @@ def _int_mm(q: Tensor, values: Tensor) -> Tensor:
 
 
 def _int_mm_refusal(problem: Problem) -> str | None:
-    if problem.device_type == "cpu":
+    if problem.device.type == "cpu":
         return None if cpu_has_int8() else "torch's int8 matmul is a plain loop on a CPU without VNNI or AMX"
-    if problem.device_type != "cuda":
-        return f"needs a CPU or a CUDA device, not {problem.device_type}"
+    if problem.device.type != "cuda":
+        return f"needs a CPU or a CUDA device, not {problem.device.type}"
     if problem.in_features % _CUDA_MULTIPLE or problem.out_features % _CUDA_MULTIPLE:
         return (
             f"needs out_features and in_features in multiples of {_CUDA_MULTIPLE}, "

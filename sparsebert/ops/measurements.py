@@ -1,7 +1,8 @@
 """The one table of measured choices: times of (device, op, layout, sizes, token bucket, dtype), kept as JSON.
 
 ``sb.tune`` writes it to ``$SPARSEBERT_CACHE/measurements.json`` (default ``~/.cache/sparsebert``); layouts are chosen
-from it when a module is prepared. A row is one measurement on one device and counts nowhere else.
+from it when a module is prepared, and kernels with their configurations when they first run. A row is one measurement
+on one device and counts nowhere else.
 """
 
 from __future__ import annotations
@@ -11,24 +12,27 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from sparsebert.ops.devices import Device, describe
 from sparsebert.ops.specs import Spec
 
 TABLE_VERSION = 1
 ENVIRONMENT_VARIABLE = "SPARSEBERT_CACHE"
+_generation = 0
 # A packed layout this little slower than dense counts as equal and is kept, being smaller.
 TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: median and median absolute deviation in microseconds of one call of ``op`` in ``layout``."""
+    """One measurement: median and median absolute deviation in microseconds of one call of ``op`` in ``layout``, by the
+    quickest of its backends in the quickest ``configuration`` (empty where there is nothing to configure)."""
 
     device: str
     op: str
@@ -41,6 +45,7 @@ class Row:
     mad_us: float
     backend: str
     source: str = "measured"
+    configuration: dict[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str, int, int, int, str]:
@@ -70,26 +75,6 @@ def op_name(spec: Spec) -> str:
     return f"{spec.op} {spec.label}"
 
 
-@lru_cache(maxsize=16)
-def device_name(device: torch.device) -> str:
-    """Name of the hardware that a measurement holds for."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} {_cpu_model()}" if device.type == "cpu" else device.type
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    import platform
-
-    return platform.processor() or platform.machine()
-
-
 def path() -> Path:
     root = os.environ.get(ENVIRONMENT_VARIABLE)
     return (Path(root) if root else Path.home() / ".cache" / "sparsebert") / "measurements.json"
@@ -103,6 +88,22 @@ def load() -> list[Row]:
     except OSError:
         return []
     return list(_read(file, stamp))
+
+
+def of(spec: Spec, layout: str, dtype: torch.dtype, device: Device, tokens: int) -> Row | None:
+    """The row of one problem, or None where it was not measured."""
+    file = path()
+    try:
+        stamp = file.stat().st_mtime_ns
+    except OSError:
+        return None
+    sizes = (spec.out_features, spec.in_features, token_bucket(tokens))
+    return _by_key(file, stamp).get((device.name, op_name(spec), layout, *sizes, _dtype_name(dtype)))
+
+
+@lru_cache(maxsize=4)
+def _by_key(file: Path, stamp: int) -> dict[tuple[Any, ...], Row]:
+    return {row.key: row for row in _read(file, stamp)}
 
 
 @lru_cache(maxsize=4)
@@ -127,12 +128,19 @@ def record(rows: Iterable[Row]) -> Path:
         json.dump({"version": TABLE_VERSION, "rows": ordered}, out, indent=1)
         out.write("\n")
     os.replace(out.name, file)
+    global _generation
+    _generation += 1
     return file
+
+
+def generation() -> int:
+    """Counts what this process recorded: a choice made from the table holds for one generation."""
+    return _generation
 
 
 def rows_for(spec: Spec, dtype: torch.dtype, device: torch.device) -> list[Row]:
     """Rows that hold for this weight on this device."""
-    key = (device_name(device), op_name(spec), spec.out_features, spec.in_features, _dtype_name(dtype))
+    key = (describe(device).name, op_name(spec), spec.out_features, spec.in_features, _dtype_name(dtype))
     return [r for r in load() if (r.device, r.op, r.out_features, r.in_features, r.dtype) == key]
 
 
@@ -146,9 +154,10 @@ def make_row(
     median_us: float,
     mad_us: float,
     backend: str,
+    configuration: dict[str, int] | None = None,
 ) -> Row:
     return Row(
-        device_name(device),
+        describe(device).name,
         op_name(spec),
         layout,
         spec.out_features,
@@ -158,6 +167,7 @@ def make_row(
         round(median_us, 3),
         round(mad_us, 3),
         backend,
+        configuration=configuration or {},
     )
 
 

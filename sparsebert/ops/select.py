@@ -1,14 +1,15 @@
 """Which kernel runs a held layout: an ordered table of candidates an op, each able to say why it refuses.
 
-The first candidate that serves a problem runs. ``with sb.backend("triton"):`` or ``SPARSEBERT_BACKEND=triton`` forces
-one; where it cannot serve, that is an error and never a silent fallback. The variable is read when sparsebert is
-imported.
+The candidate that ``sb.tune`` found fastest on this device runs, in the configuration that it was measured in; without
+a measurement the first that serves, in the configuration it estimates. ``with sb.backend("triton"):`` or
+``SPARSEBERT_BACKEND=triton`` forces one; where it cannot serve, that is an error and never a silent fallback. The
+variable is read when sparsebert is imported. Nothing is ever measured during a call.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+
+from sparsebert.ops import measurements
+from sparsebert.ops.devices import Device, describe
 
 BACKENDS = ("cuda", "triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "SPARSEBERT_BACKEND"
@@ -34,8 +38,7 @@ class Problem(NamedTuple):
     ``ops.specs``, and ``tokens`` counts rows of x."""
 
     layout: str
-    device_type: str
-    capability: tuple[int, int] | None
+    device: Device
     dtype: torch.dtype
     spec: Any
     tokens: int
@@ -56,7 +59,12 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run an op on one layout: ``supports`` gives None or the reason of a refusal."""
+    """One way to run an op on one layout: ``supports`` gives None or the reason of a refusal, ``run(x, weight, bias,
+    problem)`` the result.
+
+    A kernel that can be configured has ``configurations(problem)``: named tuples that all run on the problem's device,
+    the estimated best first; ``run`` then takes one as ``configuration``.
+    """
 
     op: str
     layout: str
@@ -64,6 +72,37 @@ class Candidate:
     description: str
     supports: Callable[[Problem], str | None]
     run: Callable[..., torch.Tensor]
+    configurations: Callable[[Problem], Sequence[Any]] | None = None
+
+
+class Solution(NamedTuple):
+    """What runs a problem. ``source`` of the configuration (None where there is nothing to configure): ``measured`` or
+    ``estimated``."""
+
+    candidate: Candidate
+    configuration: Any = None
+    source: str = ""
+
+    @property
+    def backend(self) -> str:
+        return self.candidate.backend
+
+    @property
+    def description(self) -> str:
+        if self.configuration is None:
+            return self.candidate.description
+        fields = ", ".join(f"{name} {value}" for name, value in self.configuration._asdict().items())
+        return f"{self.candidate.description}; {fields}: {self.source}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keywords for ``candidate.run``."""
+        return {} if self.configuration is None else {"configuration": self.configuration}
+
+    def run(
+        self, x: torch.Tensor, weight: list[torch.Tensor], bias: torch.Tensor | None, problem: Problem
+    ) -> torch.Tensor:
+        return self.candidate.run(x, weight, bias, problem, **self.options)
 
 
 _candidates: dict[tuple[str, str], list[Candidate]] = {}
@@ -113,39 +152,53 @@ def may_be_forced() -> bool:
 
 def problem_of(spec: Any, layout: str, x: torch.Tensor, activation: str) -> Problem:
     """The problem of one call with the rows ``x``."""
-    device = x.device
-    tokens = x.numel() // spec.in_features
-    return Problem(layout, device.type, capability(device), x.dtype, spec, tokens, activation)
+    return Problem(layout, describe(x.device), x.dtype, spec, x.numel() // spec.in_features, activation)
 
 
-def choose(problem: Problem) -> Candidate:
-    """The candidate that runs ``problem``; ``RuntimeError`` with every refusal where none does."""
-    return _choose(problem, forced_backend())
+def choose(problem: Problem) -> Solution:
+    """What runs ``problem``; ``RuntimeError`` with every refusal where nothing does."""
+    return _choose(problem, forced_backend(), measurements.generation())
 
 
 @lru_cache(maxsize=16384)
-def _choose(problem: Problem, forced: str | None) -> Candidate:
+def _choose(problem: Problem, forced: str | None, generation: int) -> Solution:
+    row = measurements.of(problem.spec, problem.layout, problem.dtype, problem.device, problem.tokens)
     refusals = []
+    served = []
     for candidate, reason in review(problem):
         if forced is not None and candidate.backend != forced:
             continue
         if reason is None:
-            return candidate
-        refusals.append(f"{candidate.backend}: {reason}")
+            served.append(candidate)
+        else:
+            refusals.append(f"{candidate.backend}: {reason}")
+    if served:
+        measured = [candidate for candidate in served if row is not None and candidate.backend == row.backend]
+        return solutions((measured or served)[0], problem, row)[0]
     if forced is not None and not refusals:
         refusals = [f"{forced}: has no kernel for this layout"]
     raise RuntimeError(
         f"{problem.op}: no {'forced ' if forced else ''}backend serves layout {problem.layout!r} on "
-        f"{problem.device_type} ({'; '.join(refusals) or 'no candidates'})"
+        f"{problem.device.type} ({'; '.join(refusals) or 'no candidates'})"
     )
+
+
+def solutions(candidate: Candidate, problem: Problem, row: measurements.Row | None = None) -> list[Solution]:
+    """``candidate`` in each configuration it may run ``problem`` in, that of the measurement ``row`` first, else its
+    estimate."""
+    if candidate.configurations is None:
+        return [Solution(candidate)]
+    found = [Solution(candidate, configuration, "estimated") for configuration in candidate.configurations(problem)]
+    for i, solution in enumerate(found):
+        if (
+            row is not None
+            and row.backend == candidate.backend
+            and row.configuration == solution.configuration._asdict()
+        ):
+            return [solution._replace(source="measured"), *found[:i], *found[i + 1 :]]
+    return found
 
 
 def review(problem: Problem) -> list[tuple[Candidate, str | None]]:
     """Every candidate of the problem's layout with None or the reason it refuses, best first."""
     return [(c, c.supports(problem)) for c in candidates(problem.op, problem.layout)]
-
-
-@lru_cache(maxsize=64)
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """CUDA compute capability of ``device``; None for any other kind of device."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -18,8 +18,9 @@ from torch.sparse._semi_structured_conversions import (
 
 from sparsebert.ops import layouts, nm, select
 from sparsebert.ops.activations import activate
+from sparsebert.ops.devices import Device, describe
 from sparsebert.ops.layouts import COMPUTE, Held, Layout
-from sparsebert.ops.select import Candidate, Problem, capability
+from sparsebert.ops.select import Candidate, Problem
 from sparsebert.ops.specs import NMSpec
 
 _PATTERNS = {(2, 4), (1, 4), (1, 2)}
@@ -27,12 +28,11 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _TOKEN_MULTIPLE = 8
 
 
-def _refusal(
-    spec: NMSpec, dtype: torch.dtype, device_type: str, found: tuple[int, int] | None, rows: int, columns: int
-) -> str | None:
-    """None, or why kernels that want multiples of ``rows`` and ``columns`` cannot serve on capability ``found``."""
-    if device_type != "cuda" or found is None:
-        return f"needs a CUDA device, not {device_type}"
+def _refusal(spec: NMSpec, dtype: torch.dtype, device: Device, rows: int, columns: int) -> str | None:
+    """None, or why kernels that want multiples of ``rows`` and ``columns`` cannot serve on ``device``."""
+    found = device.capability
+    if device.type != "cuda" or found is None:
+        return f"needs a CUDA device, not {device.type}"
     if (spec.n, spec.m) not in _PATTERNS:
         return f"needs a 2:4 pattern, not {spec.n}:{spec.m}"
     if dtype not in _DTYPES:
@@ -47,18 +47,17 @@ def _refusal(
     return None
 
 
-def _cusparselt_refusal(
-    spec: NMSpec, dtype: torch.dtype, device_type: str, found: tuple[int, int] | None
-) -> str | None:
-    if reason := _refusal(spec, dtype, device_type, found, 16, 16):
+def _cusparselt_refusal(spec: NMSpec, dtype: torch.dtype, device: Device) -> str | None:
+    if reason := _refusal(spec, dtype, device, 16, 16):
         return reason
     return None if torch.backends.cusparselt.is_available() else "this torch was built without cuSPARSELt"
 
 
-def _cutlass_refusal(spec: NMSpec, dtype: torch.dtype, device_type: str, found: tuple[int, int] | None) -> str | None:
-    if reason := _refusal(spec, dtype, device_type, found, 32, 64):
+def _cutlass_refusal(spec: NMSpec, dtype: torch.dtype, device: Device) -> str | None:
+    if reason := _refusal(spec, dtype, device, 32, 64):
         return reason
     # torch compiles these kernels for sm_80 and refuses other major versions when called.
+    found = device.capability
     if found is not None and found[0] != 8:
         return f"torch's kernels serve compute capability 8.x, found {found[0]}.{found[1]}"
     return None
@@ -102,21 +101,17 @@ def _cutlass(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Prob
     return _finish(y.t(), x, tokens, problem.activation)
 
 
-Refusal = Callable[[NMSpec, torch.dtype, str, tuple[int, int] | None], str | None]
+Refusal = Callable[[NMSpec, torch.dtype, Device], str | None]
 
 
 def _serves(refusal: Refusal) -> Callable[[Problem], str | None]:
-    """``refusal`` of a call: by the capability of the call's own device, whichever device is the current one."""
-
-    def supports(problem: Problem) -> str | None:
-        return refusal(problem.spec, problem.dtype, problem.device_type, problem.capability)
-
-    return supports
+    """``refusal`` of a call: by the call's own device, whichever device is the current one."""
+    return lambda problem: refusal(problem.spec, problem.dtype, problem.device)
 
 
 def _holds(refusal: Refusal) -> Callable[[NMSpec, torch.dtype, torch.device], str | None]:
     """``refusal`` of a device that is to hold a layout."""
-    return lambda spec, dtype, device: refusal(spec, dtype, device.type, capability(device))
+    return lambda spec, dtype, device: refusal(spec, dtype, describe(device))
 
 
 def _layout(

@@ -1,0 +1,69 @@
+"""Triton's candidates for ``int8_linear``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sparsebert.ops import int8, select
+from sparsebert.ops.layouts import NEUTRAL
+from sparsebert.ops.select import Candidate, Problem
+from sparsebert.ops.triton.configurations import around, columns, fitting, shared_bytes
+from sparsebert.ops.triton.nm import packed_bytes
+from sparsebert.ops.triton.support import refusal, rows_of
+
+if TYPE_CHECKING:
+    from sparsebert.kernels.tiles import Config
+
+
+def _patterned(problem: Problem) -> bool:
+    return problem.layout == NEUTRAL and problem.spec.m > 1
+
+
+@lru_cache(maxsize=1024)
+def configurations(problem: Problem) -> Sequence[Config]:
+    """As for ``nm_linear``, with 128 inputs a step."""
+    spec: Any = problem.spec
+    block_n = columns(problem.tokens, 128)
+    n, m = (spec.n, spec.m) if _patterned(problem) else (1, 1)
+    found = around(problem, 64 if block_n < 64 else 128, block_n, 128, itemsize=1, wide=bool(n & (n - 1)))
+    weight = packed_bytes(n, m, 1) if m > 1 else 1
+    return fitting(
+        problem, found, lambda config: shared_bytes(config, weight_bytes=weight, dense_bytes=m > 1, x_bytes=1)
+    )
+
+
+def _run(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem, *, configuration: Config) -> Tensor:
+    from sparsebert.kernels.int8_linear import int8_linear
+    from sparsebert.kernels.quantize_rows import quantize_rows
+
+    spec: Any = problem.spec
+    patterned = _patterned(problem)
+    values, *rest = weight
+    positions = rest.pop(0) if patterned else None
+    scales, *static = rest
+    q, x_scale = quantize_rows(rows_of(x), static[0] if static else None)
+    y = int8_linear(
+        q,
+        x_scale,
+        values,
+        positions,
+        scales,
+        bias,
+        n=spec.n if patterned else 1,
+        m=spec.m if patterned else 1,
+        activation=problem.activation,
+        dtype=x.dtype,
+        config=configuration,
+    )
+    return y.view(*x.shape[:-1], spec.out_features)
+
+
+for _layout, _text in (
+    (NEUTRAL, "Triton: int8 tensor cores, an n:m weight unpacked in registers"),
+    (int8.UNPACKED, "Triton: int8 tensor cores"),
+):
+    select.add_candidate(Candidate(int8.OP, _layout, "triton", _text, refusal, _run, configurations))

@@ -1,0 +1,75 @@
+"""Triton's candidate for ``nm_linear``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sparsebert.ops import nm, select
+from sparsebert.ops.layouts import NEUTRAL
+from sparsebert.ops.select import Candidate, Problem
+from sparsebert.ops.triton.configurations import around, columns, fitting, shared_bytes
+from sparsebert.ops.triton.support import refusal, rows_of
+
+if TYPE_CHECKING:
+    from sparsebert.kernels.tiles import Config
+
+
+def packed_bytes(n: int, m: int, itemsize: int) -> float:
+    """Bytes of memory for an element of an n:m weight, positions included. A tile has a power of two of slots a
+    group."""
+    slots = 1 << (n - 1).bit_length()
+    # Slots that are no power of two are read with a byte of positions each.
+    return slots / m * (itemsize + (1 if n & (n - 1) else (2 if m <= 4 else 4) / 8))
+
+
+@lru_cache(maxsize=1024)
+def configurations(problem: Problem) -> Sequence[Config]:
+    """As few token columns as hold the tokens, 64 features (the rows of a Hopper MMA), 128 bytes of inputs a step."""
+    spec: Any = problem.spec
+    itemsize = problem.dtype.itemsize
+    block_n = columns(problem.tokens, 256 // itemsize)
+    block_m = 64 if block_n < 64 or itemsize == 4 else 128
+    block_k = max(128 // itemsize, 2 * spec.m)
+    # Slots that are no power of two leave registers unused.
+    found = around(problem, block_m, block_n, block_k, itemsize=itemsize, wide=bool(spec.n & (spec.n - 1)))
+    weight = packed_bytes(spec.n, spec.m, itemsize)
+    return fitting(
+        problem,
+        found,
+        lambda config: shared_bytes(config, weight_bytes=weight, dense_bytes=itemsize, x_bytes=itemsize),
+    )
+
+
+def _run(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem, *, configuration: Config) -> Tensor:
+    from sparsebert.kernels.nm_linear import nm_linear
+
+    spec: Any = problem.spec
+    values, positions = weight
+    y = nm_linear(
+        rows_of(x),
+        values,
+        positions,
+        bias,
+        n=spec.n,
+        m=spec.m,
+        activation=problem.activation,
+        config=configuration,
+    )
+    return y.view(*x.shape[:-1], spec.out_features)
+
+
+select.add_candidate(
+    Candidate(
+        nm.OP,
+        NEUTRAL,
+        "triton",
+        "Triton: tiles unpacked in registers, dense tensor cores",
+        refusal,
+        _run,
+        configurations,
+    )
+)
