@@ -1,26 +1,33 @@
-"""``tune``: measures the layouts a device can hold, at the user's shapes, and keeps dense where packed loses."""
+"""``tune``: measures layouts, kernels and their configurations at the user's shapes, and keeps dense where packed
+loses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sparsebert.bench.timing import Timing, measure_together
+from sparsebert.bench.timing import Timing, l2_bytes, measure_together, rotation_count
 from sparsebert.nn import PackedLinear
 from sparsebert.ops import layouts, measurements, select
 from sparsebert.ops.devices import describe
+from sparsebert.ops.select import Solution
 from sparsebert.report import packed_layers, table
 
 Progress = Callable[[int, int, str], None]
+# The same call on each copy of a weight.
+Calls = Sequence[Callable[[], Tensor]]
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
 class TunedLayer:
-    """One distinct layer shape at one token count: median microseconds a call by layout (bias included)."""
+    """One distinct layer shape at one token count: by layout the median microseconds a call (bias included), and the
+    kernel they are of."""
 
     op: str
     out_features: int
@@ -28,6 +35,7 @@ class TunedLayer:
     dtype: str
     tokens: int
     median_us: dict[str, float]
+    kernels: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -74,15 +82,20 @@ def tune(
     """Measures every layout of every distinct packed layer of ``model`` at each count of ``tokens`` on the layer's
     device, records the times in the table of measurements, and holds each layer in the layout that they favour.
 
-    Layouts run in turns, so that a drift of the machine meets all alike; on a GPU inside CUDA graphs. ``tokens`` are
-    rows of x (batch times length); a measurement counts up to the next power of two. ``dense`` is held where every
-    packed layout is slower at some count by more than max(2 %, 3 MAD). ``budget_s`` bounds the time of one comparison.
-    ``progress(done, total, text)`` is called before each. ``ValueError`` where nothing is packed or a count is not
-    positive.
+    Of a layout the quickest kernel counts, in the quickest of the configurations that fit the device; both are recorded
+    and used from then on. Calls run in turns, so that a drift of the machine meets all alike; on a GPU inside CUDA
+    graphs and on copies of the weight that together exceed its L2 cache, so that each comes from memory. What is timed
+    is kernels, without the dispatch of an op. ``tokens`` are rows of x (batch times length); a measurement counts up to
+    the next power of two. ``dense`` is held where every packed layout is slower at some count by more than max(2 %, 3
+    MAD). ``budget_s`` bounds the time of one comparison: one a kernel with configurations, one of the layouts.
+    ``progress(done, total, text)`` is called before each layer and count. ``ValueError`` where nothing is packed or a
+    count is not positive, ``RuntimeError`` while a CUDA graph is captured.
     """
     counts = sorted({measurements.token_bucket(_positive(t)) for t in tokens})
     if not counts:
         raise ValueError("tune: tokens is empty, expected at least one token count")
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tune: a CUDA graph is being captured; tune before capturing")
     layers = packed_layers(model)
     distinct = {(m.spec, m.dtype, m.device): m for _, m in layers}
     jobs = [(module, count) for module in distinct.values() for count in counts]
@@ -90,25 +103,20 @@ def tune(
     for done, (module, count) in enumerate(jobs):
         if progress is not None:
             progress(done, len(jobs), f"{module.out_features} x {module.in_features}, {count} tokens")
-        timings, backends = _compare(module, count, budget_s)
-        mode = next(iter(timings.values())).mode
-        op = measurements.op_name(module.spec)
-        dtype = str(module.dtype).removeprefix("torch.")
-        medians = {name: timing.median_us for name, timing in timings.items()}
-        results.append(TunedLayer(op, module.out_features, module.in_features, dtype, count, medians))
-        rows += [
-            measurements.make_row(
-                module.spec,
-                name,
+        found = _compare(module, count, budget_s)
+        mode = next(iter(found.values())).timing.mode
+        results.append(
+            TunedLayer(
+                measurements.op_name(module.spec),
+                module.out_features,
+                module.in_features,
+                str(module.dtype).removeprefix("torch."),
                 count,
-                module.dtype,
-                module.device,
-                median_us=timing.median_us,
-                mad_us=timing.mad_us,
-                backend=backends[name],
+                {name: measured.timing.median_us for name, measured in found.items()},
+                {name: f"{m.solution.backend}: {m.solution.description}" for name, m in found.items()},
             )
-            for name, timing in timings.items()
-        ]
+        )
+        rows += [_row(module, name, count, measured) for name, measured in found.items()]
     file = measurements.record(rows)
     held, reasons = {}, {}
     for path, module in layers:
@@ -119,26 +127,75 @@ def tune(
     return TuneReport(describe(layers[0][1].device).name, mode, tuple(results), held, reasons, str(file))
 
 
-def _compare(module: PackedLinear, tokens: int, budget_s: float) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Times and backends of every layout this device can hold for ``module``, on random rows."""
+class _Measured(NamedTuple):
+    solution: Solution
+    timing: Timing
+
+
+def _compare(module: PackedLinear, tokens: int, budget_s: float) -> dict[str, _Measured]:
+    """Of every layout this device can hold for ``module`` the quickest kernel in its quickest configuration, on random
+    rows."""
     spec, dtype, device = module.spec, module.dtype, module.device
     neutral = list(module.neutral())
     x = torch.randn(tokens, spec.in_features, device=device).to(dtype)
-    calls: dict[str, Callable[[], Tensor]] = {}
-    backends = {}
+    finalists: dict[tuple[str, str], Solution] = {}
+    calls: dict[tuple[str, str], Calls] = {}
     for name in layouts.names(spec.op):
         held = layouts.get(spec.op, name)
         if held.supports(spec, dtype, device) is not None:
             continue
-        calls[name] = _call(module, name, held.from_neutral(neutral, spec, dtype), x)
-        backends[name] = select.choose(select.problem_of(spec, name, x, module.activation)).backend
-    return measure_together(calls, device=device, budget_s=budget_s, graph=device.type == "cuda"), backends
+        problem = select.problem_of(spec, name, x, module.activation)
+        copies = _copies(held.from_neutral(neutral, spec, dtype), device)
+        for candidate, refused in select.review(problem):
+            if refused is not None or (select.forced_backend() or candidate.backend) != candidate.backend:
+                continue
+            found: dict[Solution, Sequence[Callable[[], Tensor]]] = {
+                solution._replace(source="measured"): [
+                    partial(solution.run, x, weight, module.bias, problem) for weight in copies
+                ]
+                for solution in select.solutions(candidate, problem)
+            }
+            best = next(iter(found)) if len(found) == 1 else _quickest(_measure(found, device, budget_s))
+            finalists[name, candidate.backend] = best
+            calls[name, candidate.backend] = found[best]
+    timings = _measure(calls, device, budget_s)
+    measured = {}
+    for name in dict.fromkeys(layout for layout, _ in calls):
+        key = _quickest({key: timing for key, timing in timings.items() if key[0] == name})
+        measured[name] = _Measured(finalists[key], timings[key])
+    return measured
 
 
-def _call(module: PackedLinear, layout: str, weight: list[Tensor], x: Tensor) -> Callable[[], Tensor]:
-    op = getattr(torch.ops.sparsebert, module.spec.op)
-    sizes = module.spec._asdict()
-    return lambda: op(x, weight, module.bias, layout=layout, activation=module.activation, **sizes)
+def _copies(weight: list[Tensor], device: torch.device) -> list[list[Tensor]]:
+    """``weight`` and as many copies of it as exceed the cache, where the device has one that is measured around."""
+    size = sum(tensor.nbytes for tensor in weight)
+    count = rotation_count(max(1, size), l2_bytes(device))
+    return [weight, *([tensor.clone() for tensor in weight] for _ in range(count - 1))]
+
+
+def _measure(calls: Mapping[K, Calls], device: torch.device, budget_s: float) -> dict[K, Timing]:
+    names = {str(i): call for i, call in enumerate(calls.values())}
+    timings = measure_together(names, device=device, budget_s=budget_s, graph=device.type == "cuda")
+    return dict(zip(calls, timings.values(), strict=True))
+
+
+def _quickest(timings: Mapping[K, Timing]) -> K:
+    return min(timings, key=lambda key: timings[key].median_us)
+
+
+def _row(module: PackedLinear, layout: str, tokens: int, measured: _Measured) -> measurements.Row:
+    solution, timing = measured
+    return measurements.make_row(
+        module.spec,
+        layout,
+        tokens,
+        module.dtype,
+        module.device,
+        median_us=timing.median_us,
+        mad_us=timing.mad_us,
+        backend=solution.backend,
+        configuration={} if solution.configuration is None else solution.configuration._asdict(),
+    )
 
 
 def _positive(tokens: int) -> int:
