@@ -1,7 +1,8 @@
 """y = activation((q_x Q_wᵀ) s_x s_w + b): products of int8 summed exactly in int32, the scales applied in fp32.
 
 The weight is dense int8, or at KEEP of GROUP and unpacked in registers. Features are the rows of the product and tokens
-its columns, as in ``nm_linear``; both operands lie along the inputs, as int8 tensor cores want them.
+its columns, as in ``nm_linear``; both operands lie along the inputs, as int8 tensor cores want them. y is a float, or
+int8 again by a given scale.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def _int8_linear_kernel(
     scale_ptr,
     bias_ptr,
     y_ptr,
+    output_scale_ptr,
+    y_scale_ptr,
     tokens,
     in_features,
     out_features,
@@ -32,7 +35,6 @@ def _int8_linear_kernel(
     KEEP: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
-    STATIC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -64,12 +66,19 @@ def _int8_linear_kernel(
     if SPLIT_K > 1:
         store_partial(accumulator, y_ptr, split, rows, row_mask, columns, column_mask, tokens, out_features)
     else:
-        if STATIC:
-            y = accumulator.to(tl.float32) * tl.load(x_scale_ptr)
-        else:
-            y = accumulator.to(tl.float32) * tl.load(x_scale_ptr + columns, mask=column_mask, other=0.0)[None, :]
+        x_scale = tl.load(x_scale_ptr + columns, mask=column_mask, other=0.0)
+        y = accumulator.to(tl.float32) * x_scale[None, :]
         y *= tl.load(scale_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-        store_tile(y, bias_ptr, y_ptr, rows, row_mask, columns, column_mask, out_features, HAS_BIAS, ACTIVATION)
+        y_inverse = 1.0
+        if y_ptr.dtype.element_ty == tl.int8:
+            output_scale = tl.load(output_scale_ptr).to(tl.float32)
+            y_inverse = tl.div_rn(1.0, output_scale)
+            # Once a token. What was not finite stays so.
+            y_scale = x_scale * 0.0 + output_scale
+            tl.store(y_scale_ptr + columns, y_scale, mask=column_mask & (tl.program_id(0) == 0))
+        store_tile(
+            y, bias_ptr, y_ptr, rows, row_mask, columns, column_mask, out_features, HAS_BIAS, ACTIVATION, y_inverse
+        )
 
 
 def int8_linear(
@@ -85,12 +94,15 @@ def int8_linear(
     activation: str,
     dtype: torch.dtype,
     config: Config,
+    output_scale: Tensor | None = None,
+    y_scale: Tensor | None = None,
 ) -> Tensor:
-    """``q int8 (tokens, in)`` with ``x_scale fp32 (tokens)`` or ``(1)``; ``values int8 (out, in n / m)``, ``positions``
-    unless m is 1, ``scales (out)``, ``bias (out)`` -> ``(tokens, out)`` in ``dtype``."""
+    """``q int8 (tokens, in)`` with ``x_scale fp32 (tokens)``; ``values int8 (out, in n / m)``, ``positions`` unless m
+    is 1, ``scales (out)``, ``bias (out)`` -> ``y (tokens, out)`` in ``dtype``. With ``output_scale ()`` y is int8, and
+    its scales are written to ``y_scale fp32 (tokens)``."""
     tokens, in_features = q.shape
     out_features, kept = values.shape
-    y = q.new_empty((tokens, out_features), dtype=dtype)
+    y = q.new_empty((tokens, out_features), dtype=dtype if output_scale is None else torch.int8)
     if not y.numel():
         return y
     split = config.split_k > 1
@@ -104,6 +116,8 @@ def int8_linear(
         scales,
         bias,
         target,
+        output_scale,
+        y_scale,
         tokens,
         in_features,
         out_features,
@@ -112,7 +126,6 @@ def int8_linear(
         KEEP=n,
         GROUP=m,
         BITS=2 if m <= 4 else 4,
-        STATIC=x_scale.numel() == 1,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         BLOCK_M=config.block_m,
@@ -121,5 +134,11 @@ def int8_linear(
         SPLIT_K=config.split_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        # Only where y is rounded to a whole number does it matter that it is rounded before.
+        enable_fp_fusion=output_scale is None,
     )
-    return sum_splits(target, bias, activation, y, x_scale=x_scale, scales=scales) if split else y
+    if not split:
+        return y
+    return sum_splits(
+        target, bias, activation, y, x_scale=x_scale, scales=scales, output_scale=output_scale, y_scale=y_scale
+    )

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+# Added and taken away, it leaves a float32 below 2**22 rounded to the nearest whole number, ties to even.
+_ROUND = tl.constexpr(1.5 * 2.0**23)
+
 
 class Config(NamedTuple):
     """BLOCK_M features by BLOCK_N tokens by BLOCK_K inputs a step; ``split_k`` programs share the inputs of a tile."""
@@ -30,6 +33,14 @@ def tile_edges(tokens, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
+def to_int8(y):
+    """clamp(rint(y), -127, 127) of float32 ``y`` as int8. Where y is a product, it needs ``enable_fp_fusion=False``."""
+    # Clamped first: the bounds are whole numbers, so rounding does not leave them.
+    clamped = tl.minimum(tl.maximum(y, -127.0), 127.0)
+    return ((clamped + _ROUND) - _ROUND).to(tl.int8)
+
+
+@triton.jit
 def store_tile(
     accumulator,
     bias_ptr,
@@ -41,13 +52,17 @@ def store_tile(
     out_features,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    y_inverse=1.0,
 ):
-    """y[columns, features] = activation(accumulator + bias), of a float32 tile [BLOCK_M, BLOCK_N]."""
+    """y[columns, features] = activation(accumulator + bias), of a float32 tile [BLOCK_M, BLOCK_N]; into an int8 y
+    rounded, times ``y_inverse``."""
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + features, mask=feature_mask, other=0.0).to(tl.float32)[:, None]
     y_ptrs = y_ptr + columns[None, :].to(tl.int64) * out_features + features[:, None]
-    y = activate(accumulator, ACTIVATION).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptrs, y, mask=feature_mask[:, None] & column_mask[None, :])
+    y = activate(accumulator, ACTIVATION)
+    if y_ptr.dtype.element_ty == tl.int8:
+        y = to_int8(y * y_inverse)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=feature_mask[:, None] & column_mask[None, :])
 
 
 @triton.jit

@@ -78,42 +78,54 @@ def cases(arch: int, every: bool = False) -> Iterator[Case]:
 
 
 def split_cases() -> Iterator[Case]:
-    for scaled in (False, True):
-        pointers = {"partial_ptr": "*i32" if scaled else "*fp32", "bias_ptr": "*fp16", "y_ptr": "*fp16"}
-        scales = ("x_scale_ptr", "scale_ptr")
+    for kind in ("fp32", "int32", "int32 to int8"):
+        scaled, again = kind != "fp32", kind == "int32 to int8"
+        scales = {"x_scale_ptr": "*fp32", "scale_ptr": "*fp32"} if scaled else {}
+        output = {"output_scale_ptr": "*fp32", "y_scale_ptr": "*fp32"} if again else {}
         yield Case(
-            f"sum_splits{' int32' if scaled else ''}",
+            f"sum_splits {kind}",
             "split_k:_sum_splits_kernel",
-            {**pointers, **(dict.fromkeys(scales, "*fp32") if scaled else {}), "count": "i32", "out_features": "i32"},
             {
-                **({} if scaled else dict.fromkeys(scales)),
+                "partial_ptr": "*i32" if scaled else "*fp32",
+                "bias_ptr": "*fp16",
+                "y_ptr": "*i8" if again else "*fp16",
+                **scales,
+                **output,
+                "count": "i32",
+                "out_features": "i32",
+            },
+            {
+                **dict.fromkeys({"x_scale_ptr", "scale_ptr"} - scales.keys()),
+                **dict.fromkeys({"output_scale_ptr", "y_scale_ptr"} - output.keys()),
                 "SPLIT_K": 4,
                 "SCALED": scaled,
-                "STATIC": False,
                 "HAS_BIAS": True,
-                "ACTIVATION": "gelu",
+                "ACTIVATION": "none" if again else "gelu",
                 "BLOCK": 1024,
             },
             ("count", "out_features"),
+            {"enable_fp_fusion": not again},
         )
 
 
 def quantize_cases() -> Iterator[Case]:
     for static in (False, True):
-        for features, block in ((768, 1024), (4096, 4096), (16384, 8192)):
+        for features, block, activation in ((768, 1024, "none"), (4096, 4096, "gelu"), (16384, 8192, "none")):
             yield Case(
-                f"quantize_rows {'static' if static else 'dynamic'} {features}",
+                f"quantize_rows {'static' if static else 'dynamic'} {features} {activation}",
                 "quantize_rows:_quantize_rows_kernel",
                 {
                     "x_ptr": "*fp16",
-                    **({"input_scale_ptr": "*fp32"} if static else {"scale_ptr": "*fp32"}),
+                    "scale_ptr": "*fp32",
+                    **({"input_scale_ptr": "*fp32"} if static else {}),
                     "q_ptr": "*i8",
                     "features": "i32",
                     "x_stride": "i32",
                 },
                 {
-                    **({"scale_ptr": None} if static else {"input_scale_ptr": None}),
+                    **({} if static else {"input_scale_ptr": None}),
                     "STATIC": static,
+                    "ACTIVATION": activation,
                     "BLOCK": block,
                     "BLOCKS": -(-features // block),
                 },
@@ -194,36 +206,42 @@ def low_rank_cases(arch: int, every: bool) -> Iterator[Case]:
 
 
 def int8_cases(arch: int, every: bool) -> Iterator[Case]:
-    """Each configuration once with a dense weight and once at 2:4."""
+    """Each configuration once with a dense weight and once at 2:4, and the first of those without splits once more with
+    an int8 result."""
     for n, m in ((1, 1), (2, 4)):
         specs = [Int8Spec("dynamic", n, m, in_features, out_features) for out_features, in_features in SHAPES]
         found = [configured(spec, arch, tokens, torch.float16, every) for spec, tokens in product(specs, TOKENS)]
-        for config in dict.fromkeys(chain.from_iterable(found)):
+        configs = list(dict.fromkeys(chain.from_iterable(found)))
+        whole = next(config for config in configs if config.split_k == 1)
+        for config, again in [*((config, False) for config in configs), (whole, True)]:
             pointers = {"q_ptr": "*i8", "values_ptr": "*i8", "x_scale_ptr": "*fp32", "scale_ptr": "*fp32"}
+            output = {"output_scale_ptr": "*fp32", "y_scale_ptr": "*fp32"}
             numbers = ("tokens", "in_features", "out_features", "kept", "position_bytes")
+            kind = f"{'dense' if m == 1 else f'{n}:{m}'}{' to int8' if again else ''}"
             yield Case(
-                f"int8_linear {'dense' if m == 1 else f'{n}:{m}'} {'x'.join(map(str, config))}",
+                f"int8_linear {kind} {'x'.join(map(str, config))}",
                 "int8_linear:_int8_linear_kernel",
                 {
                     **pointers,
                     **({} if m == 1 else {"positions_ptr": "*u8"}),
                     "bias_ptr": "*fp16",
-                    "y_ptr": "*i32" if config.split_k > 1 else "*fp16",
+                    "y_ptr": "*i8" if again else "*i32" if config.split_k > 1 else "*fp16",
+                    **(output if again else {}),
                     **dict.fromkeys(numbers, "i32"),
                 },
                 {
                     **({"positions_ptr": None} if m == 1 else {}),
+                    **({} if again else dict.fromkeys(output)),
                     "KEEP": n,
                     "GROUP": m,
                     "BITS": 2,
-                    "STATIC": False,
                     "HAS_BIAS": True,
-                    "ACTIVATION": "gelu",
+                    "ACTIVATION": "none" if again else "gelu",
                     **_sides(config),
                     "SPLIT_K": config.split_k,
                 },
                 ("in_features", "out_features", "kept", "position_bytes"),
-                _options(config),
+                _options(config) | ({"enable_fp_fusion": False} if again else {}),
                 dots="int8",
                 packed=True,
             )

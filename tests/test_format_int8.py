@@ -100,13 +100,13 @@ def test_flushing_subnormal_numbers_changes_nothing():
     q, scale = int8.quantize_rows(x)
     assert q.tolist() == [[127, 0, 0], [0, 0, 0], [0, 0, 0], [0, 64, 127]]
     low = torch.tensor(int8.INPUT_SCALES[0])
-    static = int8.quantize_static(torch.tensor([subnormal, 2.0**-124]), low)
+    static = int8.quantize_rows(torch.tensor([subnormal, 2.0**-124]), low)[0]
     assert static.tolist() == [0, 2]
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormal numbers")
     try:
         again, again_scale = int8.quantize_rows(x)
-        again_static = int8.quantize_static(torch.tensor([subnormal, 2.0**-124]), low)
+        again_static = int8.quantize_rows(torch.tensor([subnormal, 2.0**-124]), low)[0]
     finally:
         torch.set_flush_denormal(False)
     assert torch.equal(again, q) and torch.equal(again_scale, scale) and torch.equal(again_static, static)
@@ -143,28 +143,41 @@ def test_views_and_parameters_give_plain_row_major_values(dtype):
         expected_q, expected_scale = naive_quantize(view.detach())
         assert torch.equal(q, expected_q) and torch.equal(scale, expected_scale)
         assert q.is_contiguous() and not scale.requires_grad
-        assert int8.quantize_static(view, torch.tensor(0.1)).is_contiguous()
+        assert int8.quantize_rows(view, torch.tensor(0.1))[0].is_contiguous()
 
 
 def test_static_is_the_product_with_the_reciprocal():
     scale = torch.tensor(0.1)
     x = torch.randn(4, 50) * 8
     expected = np.clip(np.rint(x.numpy() * (np.float32(1) / np.float32(0.1))), -127, 127)
-    q = int8.quantize_static(x, scale)
+    q, scales = int8.quantize_rows(x, scale)
     assert q.dtype == torch.int8 and np.array_equal(q.numpy(), expected)
-    assert int8.quantize_static(torch.tensor([500.0, -500.0, float("inf")]), scale).tolist() == [127, -127, 127]
+    assert torch.equal(scales, scale.expand(4))
+    q, scales = int8.quantize_rows(torch.tensor([500.0, -500.0]), scale)
+    assert q.tolist() == [127, -127] and torch.equal(scales, scale)
     halves = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5])
-    assert int8.quantize_static(halves, torch.tensor(1.0)).tolist() == [0, 2, 2, 0, -2]
+    assert int8.quantize_rows(halves, torch.tensor(1.0))[0].tolist() == [0, 2, 2, 0, -2]
     for dtype in DTYPES:
         exact = torch.tensor(0.25, dtype=dtype)
-        assert int8.quantize_static(torch.tensor([1.0], dtype=dtype), exact).tolist() == [4]
+        assert int8.quantize_rows(torch.tensor([1.0], dtype=dtype), exact)[0].tolist() == [4]
+    q, scales = int8.quantize_rows(torch.ones(2, 0), scale)
+    assert q.shape == (2, 0) and torch.equal(scales, scale.expand(2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_static_rows_that_are_not_finite_show_in_their_scale(dtype):
+    x = torch.randn(3, 4, 5).to(dtype)
+    x[0, 1, 2], x[2, 3, 4], x[1, 0, 0] = torch.nan, torch.inf, -torch.inf
+    _, scales = int8.quantize_rows(x, torch.tensor(0.1))
+    assert scales.isnan().nonzero().tolist() == [[0, 1], [1, 0], [2, 3]]
+    assert (scales[~scales.isnan()] == torch.tensor(0.1)).all()
 
 
 def test_static_refuses_scales_of_other_shapes_and_dtypes():
-    with pytest.raises(ValueError, match=r"quantize_static: input_scale has shape \(1,\), expected \(\)"):
-        int8.quantize_static(torch.ones(2), torch.ones(1))
-    with pytest.raises(ValueError, match="quantize_static: input_scale is int64, expected float16, bfloat16"):
-        int8.quantize_static(torch.ones(2), torch.tensor(1))
+    with pytest.raises(ValueError, match=r"quantize_rows: input_scale has shape \(1,\), expected \(\)"):
+        int8.quantize_rows(torch.ones(2), torch.ones(1))
+    with pytest.raises(ValueError, match="quantize_rows: input_scale is int64, expected float16, bfloat16"):
+        int8.quantize_rows(torch.ones(2), torch.tensor(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -210,7 +223,8 @@ def test_meta_tensors_give_shapes():
         assert (q.shape, q.dtype, q.is_meta) == ((2, 6, 24), torch.int8, True)
         assert (scale.shape, scale.dtype, scale.is_meta) == ((2, 6), torch.float32, True)
         input_scale = torch.empty((), device="meta")
-        assert int8.quantize_static(x, input_scale).dtype == torch.int8
+        q, scale = int8.quantize_rows(x, input_scale)
+        assert (q.shape, q.dtype, scale.shape, scale.is_meta) == ((2, 6, 24), torch.int8, (2, 6), True)
         int8.validate_input_scale(input_scale)
         values, scales = int8.quantize_weight(x[0])
         int8.validate(values, scales, 6, 24)
@@ -238,7 +252,6 @@ def test_integers_and_scalars_are_refused():
     for call, label in (
         (lambda: int8.quantize_weight(integers), "weight: weight"),
         (lambda: int8.quantize_rows(integers), "quantize_rows: x"),
-        (lambda: int8.quantize_static(integers, torch.tensor(1.0)), "quantize_static: x"),
         (lambda: int8.scale_of(integers), "scale_of: amax"),
     ):
         with pytest.raises(TypeError, match=rf"{label} is torch\.int8, expected a floating-point tensor"):

@@ -16,8 +16,10 @@ and ``scale`` and small x would be subnormal, which some backends flush to zero 
 both quotients are normal numbers, and a subnormal x has |x * inv| < 2**-126 * 127 * 2**118 < 0.5: it rounds to 0,
 flushed or not.
 
-A row with NaN or an infinity has no quantized form: its scale comes out NaN or infinite, its values are undefined, and
-no other row is touched. Weights with either are refused.
+Static activations have one scale for all: ``inv = 1 / input_scale``, and what lies beyond 127 of its steps is clamped.
+
+A row with NaN or an infinity has no quantized form: its scale comes out NaN or infinite (NaN where activations are
+static), its values are undefined, and no other row is touched. Weights with either are refused.
 """
 
 from __future__ import annotations
@@ -65,38 +67,37 @@ def scale_of(amax: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(tiny, one, torch.div(amax, limit)), torch.where(tiny, zero, torch.div(limit, amax))
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x (..., features)``, any float dtype -> ``(q int8 (..., features), scale fp32 (...))``, one scale a row.
+def static_scale_of(amax: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``scale_of``, with ``input_scale ()`` for each row: ``scale`` is NaN where ``amax`` is not finite, and ``inv``
+    of one element."""
+    scale = input_scale.detach().float()
+    inv = torch.div(torch.ones_like(scale), scale).reshape((1,) * amax.dim())
+    return torch.where(amax.isfinite(), scale, scale.new_full((), torch.nan)), inv
+
+
+def quantize_rows(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``x (..., features)``, any float dtype -> ``(q int8 (..., features), scale fp32 (...))``, one scale a row; with
+    ``input_scale ()`` that one for all.
 
     ``x`` is converted to fp32 first. A row with NaN or an infinity gets a NaN or infinite scale and undefined values.
+    Trusts ``input_scale`` (see ``validate_input_scale``) except for its shape and dtype.
     """
     _check_float(x, "quantize_rows: x")
     if not x.dim():
         raise ValueError("quantize_rows: x has 0 dimensions, expected at least 1 (..., features)")
+    if input_scale is not None:
+        _check_input_scale(input_scale, "quantize_rows: input_scale")
     x = x.detach()
-    if not x.shape[-1]:
-        scale, _ = scale_of(x.new_zeros(x.shape[:-1]))
-        return torch.empty(x.shape, dtype=torch.int8, device=x.device), scale
     # |x| and its maximum are exact in every dtype, so 16 bits need not be widened for them; what is in memory already
     # is used again for the product.
     magnitudes = x.abs() if x.dtype != torch.float64 else x.float().abs_()
-    scale, inv = scale_of(magnitudes.amax(-1))
+    amax = magnitudes.amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+    scale, inv = scale_of(amax) if input_scale is None else static_scale_of(amax, input_scale)
     inv = inv.unsqueeze(-1)
     scaled = torch.mul(x, inv, out=magnitudes) if x.dtype == torch.float32 else x.float().mul_(inv)
-    # |x * inv| <= 127 (1 + 2**-24)**2 rounds to 127 at most: here the clamp of the definition has nothing to do.
-    return _to_int8(scaled.round_()), scale
-
-
-def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
-    """``clamp(rint(x * (1 / input_scale)), -127, 127)`` in fp32 -> int8, of the shape of ``x``; NaN is undefined.
-
-    Trusts ``input_scale`` (see ``validate_input_scale``) except for its shape and dtype.
-    """
-    _check_float(x, "quantize_static: x")
-    _check_input_scale(input_scale, "quantize_static: input_scale")
-    scale = input_scale.detach().float()
-    inv = torch.div(torch.ones_like(scale), scale)
-    return _to_int8((x.detach().float() * inv).round_().clamp_(-LIMIT, LIMIT))
+    # Without input_scale |x * inv| <= 127 (1 + 2**-24)**2 rounds to 127 at most: there the clamp has nothing to do.
+    whole = scaled.round_()
+    return _to_int8(whole if input_scale is None else whole.clamp_(-LIMIT, LIMIT)), scale
 
 
 def quantize_weight(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tensor]:

@@ -9,18 +9,21 @@ from functools import cache
 
 import torch
 
-from sparsebert.ops import linear, specs, torch_sparse, triton  # noqa: F401 (add their layouts and candidates)
+from sparsebert.ops import linear, quantized, specs, torch_sparse, triton  # noqa: F401 (add their layouts and candidates)
 from sparsebert.ops.bitmap import bitmap_linear
 from sparsebert.ops.dense import dense_linear
-from sparsebert.ops.int8 import define_quantize_rows, int8_linear, quantize_rows
+from sparsebert.ops.int8 import int8_linear
 from sparsebert.ops.low_rank import low_rank_linear
 from sparsebert.ops.low_rank_sparse import low_rank_sparse_linear
 from sparsebert.ops.nm import nm_linear
+from sparsebert.ops.quantized import int8_linear_from_int8, int8_linear_to_int8, quantize_rows
 
 __all__ = [
     "bitmap_linear",
     "dense_linear",
     "int8_linear",
+    "int8_linear_from_int8",
+    "int8_linear_to_int8",
     "low_rank_linear",
     "low_rank_sparse_linear",
     "nm_linear",
@@ -35,6 +38,6 @@ def register() -> torch.library.Library:
     library = torch.library.Library("sparsebert", "DEF")
     for op, spec_type in specs.SPECS.items():
         linear.define(library, op, spec_type)
-    define_quantize_rows(library)
+    quantized.define(library)
     # The library lives as long as this reference to it: the cache of this function keeps it.
     return library

@@ -14,6 +14,7 @@ holds s_w Q_w beside the neutral tensors and *does not quantize x*, which is qui
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -36,8 +37,6 @@ _EXACT = 1 << 24
 # torch._int_mm on CUDA wants more rows than this, and sizes in multiples of 8.
 _CUDA_ROWS, _CUDA_MULTIPLE = 17, 8
 
-Accumulate = Callable[[Tensor, Tensor], Tensor]
-
 
 def int8_linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, *, layout: str, **sizes: Any) -> Tensor:
     """y = activation(s_x s_w (q_x Q_wᵀ) + b); keywords ``activations, n, m, in_features, out_features, activation``.
@@ -46,32 +45,6 @@ def int8_linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, *, layout:
     and ``input_scale ()`` where activations is ``static``. Errors as those of ``nm_linear``.
     """
     return torch.ops.sparsebert.int8_linear(x, weight, bias, layout=layout, **sizes)
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x (..., features)`` -> int8 of the same shape and fp32 scales ``(...)``, as ``formats.int8`` rounds."""
-    return torch.ops.sparsebert.quantize_rows(x)
-
-
-def define_quantize_rows(library: torch.library.Library) -> None:
-    library.define("quantize_rows(Tensor x) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-
-    def check(x: Tensor) -> None:
-        if x.dim() < 1 or not x.is_floating_point():
-            raise ValueError(
-                f"quantize_rows: x is {x.dtype} with {x.dim()} dimensions, expected floats with at least 1"
-            )
-
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        check(x)
-        return int8.quantize_rows(x)
-
-    def fake(x: Tensor) -> tuple[Tensor, Tensor]:
-        check(x)
-        return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-    library.impl("quantize_rows", run, "CompositeExplicitAutograd")
-    torch.library.register_fake("sparsebert::quantize_rows", fake, lib=library)
 
 
 def _scales(spec: Int8Spec) -> dict[str, Held]:
@@ -110,7 +83,72 @@ def unpack(weight: list[Tensor], spec: Int8Spec, dtype: torch.dtype) -> Tensor:
     return int8.dequantize(values, scales[0], dtype)
 
 
-# Kernels: sums of products of int8 matrices, int32 (tokens, in) x (out, in) -> (tokens, out)
+def _parts(weight: list[Tensor], problem: Problem) -> tuple[Tensor, list[Tensor]]:
+    """What is multiplied, and the scales: s_w, and the input's where activations are static."""
+    if problem.layout == layouts.NEUTRAL:
+        return split(weight, problem.spec)
+    if problem.layout == UNPACKED:
+        return weight[0], weight[1:]
+    return weight[0], weight[2:]
+
+
+# Kernels
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a backend does on a layout: quantizes rows, multiplies them, quantizes the product again by a given scale.
+
+    - ``multiply(q int8 (tokens, in), s fp32 (tokens), weight, bias, problem)``: activation((q Q_wᵀ) s s_w + b),
+      ``(tokens, out)`` in the problem's dtype;
+    - ``quantize(x (tokens, in), input_scale)``: q and s as ``formats.int8.quantize_rows`` gives them;
+    - ``requantize(q, s, weight, bias, output_scale, problem)``: the product as int8, and its scales ``(tokens)``.
+
+    Called with floats, as every candidate is, they quantize and multiply; ``direct`` takes the place of both.
+    """
+
+    multiply: Callable[..., Tensor]
+    quantize: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] = int8.quantize_rows
+    requantize: Callable[..., tuple[Tensor, Tensor]] | None = None
+    direct: Callable[..., Tensor] | None = None
+
+    def __call__(
+        self, x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem, **options: Any
+    ) -> Tensor:
+        if self.direct is not None:
+            return self.direct(x, weight, bias, problem, **options)
+        static = weight[-1] if problem.spec.activations == "static" else None
+        q, s = self.quantize(x.reshape(-1, x.shape[-1]), static)
+        return self.multiply(q, s, weight, bias, problem, **options).view(*x.shape[:-1], problem.out_features)
+
+    def again(
+        self,
+        q: Tensor,
+        s: Tensor,
+        weight: list[Tensor],
+        bias: Tensor | None,
+        output_scale: Tensor,
+        problem: Problem,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The product as int8: from fp32, not rounded in between."""
+        if self.requantize is not None:
+            return self.requantize(q, s, weight, bias, output_scale, problem, **options)
+        y = self.multiply(q, s, weight, bias, problem._replace(dtype=torch.float32), **options)
+        return int8.quantize_rows(y, output_scale)
+
+
+def _sums(accumulate: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """By exact int32 sums ``accumulate(q (tokens, in), values (out, in))``."""
+
+    def multiply(
+        q: Tensor, s: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem, **options: Any
+    ) -> Tensor:
+        values, (scales, *_) = _parts(weight, problem)
+        sums = accumulate(q, values) if len(q) else q.new_empty((0, len(values)), dtype=torch.int32)
+        return _finish(sums.float(), s, scales, bias, problem)
+
+    return multiply
 
 
 def _int_mm(q: Tensor, values: Tensor) -> Tensor:
@@ -141,36 +179,23 @@ def cpu_has_int8() -> bool:
     return any(bool(capabilities.get(name)) for name in ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"))
 
 
-def _kernel(accumulate: Accumulate, unpack_first: bool) -> Callable[..., Tensor]:
-    """A candidate's ``run``: quantize x, sum exactly, scale."""
-
-    def run(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
-        values, (scales, *static) = split(weight, problem.spec) if unpack_first else (weight[0], weight[1:])
-        rows = x.reshape(-1, x.shape[-1])
-        if static:
-            q, s = int8.quantize_static(rows, static[0]), static[0].float()
-        else:
-            q, s = int8.quantize_rows(rows)
-            s = s.unsqueeze(-1)
-        sums = accumulate(q, values) if rows.shape[0] else x.new_empty((0, values.shape[0]), dtype=torch.int32)
-        return _finish(sums.float(), s, scales, bias, x, problem.activation)
-
-    return run
+def _quantize_to_floats(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``int8.quantize_rows`` with q as fp32 numbers: the same numbers, without converting there and back."""
+    x = x.float()
+    magnitudes = x.abs()
+    amax = magnitudes.amax(-1)
+    scale, inverse = int8.scale_of(amax) if input_scale is None else int8.static_scale_of(amax, input_scale)
+    # In memory that is there already; without input_scale the clamp has nothing to do (see quantize_rows).
+    q = torch.mul(x, inverse.unsqueeze(-1), out=magnitudes).round_()
+    return q if input_scale is None else q.clamp_(-int8.LIMIT, int8.LIMIT), scale
 
 
-def _floats(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
-    values, ends, scales, *static = weight
-    rows = x.reshape(-1, x.shape[-1]).float()
-    # Integers as fp32 numbers all the way: the same numbers as int8, without converting there and back.
-    if static:
-        s = static[0].float()
-        q = (rows * torch.div(torch.ones_like(s), s)).round_().clamp_(-127, 127)
-    else:
-        magnitudes = rows.abs()
-        s, inverse = int8.scale_of(magnitudes.amax(-1, keepdim=True))
-        # In memory that is there already, and without the clamp, which has nothing to do here (see quantize_rows).
-        q = torch.mul(rows, inverse, out=magnitudes).round_()
-    bounds = ends.tolist()
+def _multiply_floats(
+    q: Tensor, s: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem, **options: Any
+) -> Tensor:
+    """By fp32 products of slices, each exact."""
+    values, ends, scales, *_ = weight
+    q, bounds = q.float(), ends.tolist()
     if len(bounds) == 1:
         sums = F.linear(q, values)
     else:
@@ -178,13 +203,22 @@ def _floats(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Probl
         parts = [F.linear(q[:, a:b], values[:, a:b]) for a, b in zip(starts, bounds, strict=True)]
         # Each part is exact in fp32, their sum need not be.
         sums = sum(part.to(torch.int32) for part in parts).float()  # type: ignore[union-attr]
-    return _finish(sums, s, scales, bias, x, problem.activation)
+    return _finish(sums, s, scales, bias, problem)
 
 
-def _finish(sums: Tensor, s: Tensor, scales: Tensor, bias: Tensor | None, x: Tensor, activation: str) -> Tensor:
-    y = sums.mul_(s)
+def _multiply_dense(
+    q: Tensor, s: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem, **options: Any
+) -> Tensor:
+    """By torch's linear on what q and the weight stand for."""
+    dense = weight[0].to(problem.dtype)
+    x = int8.dequantize(q, s, problem.dtype)
+    return activate(F.linear(x, dense, None if bias is None else bias.to(problem.dtype)), problem.activation)
+
+
+def _finish(sums: Tensor, s: Tensor, scales: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    y = sums.mul_(s.unsqueeze(-1))
     y = y.mul_(scales.float()) if bias is None else torch.addcmul(bias.float(), y, scales.float())
-    return activate(y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1]), activation)
+    return activate(y.to(problem.dtype), problem.activation)
 
 
 def slice_ends(values: Tensor) -> list[int]:
@@ -252,9 +286,9 @@ layouts.add(
     )
 )
 
-for _layout, _first in ((layouts.NEUTRAL, True), (UNPACKED, False)):
+for _layout in (layouts.NEUTRAL, UNPACKED):
     select.add_candidate(
-        Candidate(OP, _layout, "torch", "torch's int8 matmul", _int_mm_refusal, _kernel(_int_mm, _first))
+        Candidate(OP, _layout, "torch", "torch's int8 matmul", _int_mm_refusal, Kernels(_sums(_int_mm)))
     )
     select.add_candidate(
         Candidate(
@@ -263,8 +297,18 @@ for _layout, _first in ((layouts.NEUTRAL, True), (UNPACKED, False)):
             "reference",
             "exact sums through fp32 matmuls of slices",
             reference.always,
-            _kernel(int8.accumulate, _first),
+            Kernels(_sums(int8.accumulate)),
         )
     )
-select.add_candidate(Candidate(OP, FLOATS, "reference", "exact sums through fp32 matmuls", reference.always, _floats))
-select.add_candidate(reference.unpacked(OP, layouts.DENSE))
+select.add_candidate(
+    Candidate(
+        OP,
+        FLOATS,
+        "reference",
+        "exact sums through fp32 matmuls",
+        reference.always,
+        Kernels(_multiply_floats, _quantize_to_floats),
+    )
+)
+_plain = reference.plain(OP, layouts.DENSE)
+select.add_candidate(replace(_plain, run=Kernels(_multiply_dense, direct=_plain.run)))

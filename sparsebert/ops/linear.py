@@ -77,17 +77,35 @@ def define(library: torch.library.Library, op: str, spec_type: type[Spec]) -> No
         library.impl(op, _autocast(op, spec_type, device_type), f"Autocast{device_type.upper()}")
 
 
-def check(x: Tensor, weight: list[Tensor], bias: Tensor | None, layout: str, spec: Spec, activation: str) -> None:
-    """``ValueError`` or ``TypeError`` naming op, tensor, expected and actual where a call's tensors do not fit."""
+def check(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    layout: str,
+    spec: Spec,
+    activation: str,
+    *,
+    op: str | None = None,
+    x_name: str = "x",
+    quantized: bool = False,
+) -> None:
+    """``ValueError`` or ``TypeError`` naming op, tensor, expected and actual where a call's tensors do not fit.
+
+    ``op`` and ``x_name``: what they are called where that is not ``spec.op`` and ``x``. ``quantized``: x is int8, and
+    the other tensors may be in any float dtype.
+    """
     # Plain conditions: this runs on every call, and sizes of weights are never symbolic.
-    op = spec.op
-    layouts.get(op, layout)
+    op = op or spec.op
+    layouts.get(spec.op, layout)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if x.dim() < 1 or x.shape[-1] != spec.in_features:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (..., {spec.in_features})")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x is {x.dtype}, expected a floating-point tensor")
+        raise ValueError(f"{op}: {x_name} has shape {tuple(x.shape)}, expected (..., {spec.in_features})")
+    if quantized:
+        if x.dtype != torch.int8:
+            raise TypeError(f"{op}: {x_name} is {x.dtype}, expected torch.int8, symmetric: without a zero point")
+    elif not x.is_floating_point():
+        raise TypeError(f"{op}: {x_name} is {x.dtype}, expected a floating-point tensor")
     expected = layouts.tensors(spec, layout)
     if len(weight) != len(expected):
         raise ValueError(
@@ -101,10 +119,10 @@ def check(x: Tensor, weight: list[Tensor], bias: Tensor | None, layout: str, spe
                 f"{op}: weight_{name} has shape {tuple(tensor.shape)}, expected {held.shape} for "
                 f"in_features={spec.in_features} at {spec.label}"
             )
-        if held.dtype == COMPUTE:
+        if held.dtype == COMPUTE and not quantized:
             if tensor.dtype != dtype:
                 raise TypeError(f"{op}: x is {dtype}, expected {tensor.dtype} as weight_{name}")
-        elif held.dtype == FLOAT:
+        elif held.dtype in (COMPUTE, FLOAT):
             if not tensor.is_floating_point():
                 raise TypeError(f"{op}: weight_{name} is {tensor.dtype}, expected a floating-point tensor")
         elif tensor.dtype != held.dtype:
@@ -112,14 +130,15 @@ def check(x: Tensor, weight: list[Tensor], bias: Tensor | None, layout: str, spe
         if tensor.device != device:
             raise ValueError(f"{op}: weight_{name} is on {tensor.device}, expected {device} as the others")
     if x.device != device:
-        raise ValueError(f"{op}: x is on {x.device}, expected {device} as weight_{next(iter(expected))}")
+        raise ValueError(f"{op}: {x_name} is on {x.device}, expected {device} as weight_{next(iter(expected))}")
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != spec.out_features:
             raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({spec.out_features},)")
-        if bias.dtype != dtype:
-            raise TypeError(f"{op}: bias is {bias.dtype}, expected {dtype} as x")
+        if not (bias.is_floating_point() if quantized else bias.dtype == dtype):
+            expected_dtype = "a floating-point tensor" if quantized else f"{dtype} as {x_name}"
+            raise TypeError(f"{op}: bias is {bias.dtype}, expected {expected_dtype}")
         if bias.device != device:
-            raise ValueError(f"{op}: bias is on {bias.device}, expected {device} as x")
+            raise ValueError(f"{op}: bias is on {bias.device}, expected {device} as {x_name}")
 
 
 def _fields(spec_type: type[Spec]) -> list[tuple[str, str]]:

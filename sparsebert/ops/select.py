@@ -71,7 +71,7 @@ class Candidate:
     backend: str
     description: str
     supports: Callable[[Problem], str | None]
-    run: Callable[..., torch.Tensor]
+    run: Callable[..., Any]
     configurations: Callable[[Problem], Sequence[Any]] | None = None
 
 

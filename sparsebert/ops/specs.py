@@ -1,7 +1,7 @@
 """What an op is told about a weight besides its tensors: the pattern and the sizes, one named tuple an op.
 
 The fields are the op's keyword arguments, in order; ``op`` is its name and ``label`` how tables and messages call the
-pattern. ``SPECS`` has them all by op.
+pattern. ``SPECS`` has all that are linear layers, by op.
 """
 
 from __future__ import annotations
@@ -119,7 +119,25 @@ class DenseSpec(NamedTuple):
         return "dense"
 
 
-Spec = NMSpec | BitmapSpec | LowRankSpec | LowRankSparseSpec | Int8Spec | DenseSpec
+class RowsSpec(NamedTuple):
+    """No weight: rows of ``in_features`` numbers."""
+
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        return self.in_features
+
+    @property
+    def op(self) -> str:
+        return "quantize_rows"
+
+    @property
+    def label(self) -> str:
+        return ""
+
+
+Spec = NMSpec | BitmapSpec | LowRankSpec | LowRankSparseSpec | Int8Spec | DenseSpec | RowsSpec
 SPECS: dict[str, type[Spec]] = {
     "nm_linear": NMSpec,
     "bitmap_linear": BitmapSpec,

@@ -66,12 +66,8 @@ def test_int8_linear_against_float64(n, m, layout, activations, dtype):
         sizes = Int8Spec(activations, n, m, in_features, out_features)._asdict()
         for tokens in TOKENS:
             x = torch.randn(tokens, in_features, device="cuda", dtype=dtype)
-            if activations == "static":
-                q, s = int8.quantize_static(x, weight[-1]), weight[-1]
-            else:
-                q, s = int8.quantize_rows(x)
-                s = s[:, None]
-            sums = q.double() @ values.double().t() * s.double() * scales.double() + bias.double()
+            q, s = int8.quantize_rows(x, weight[-1] if activations == "static" else None)
+            sums = q.double() @ values.double().t() * s.double()[:, None] * scales.double() + bias.double()
             for activation, act in ACTIVATIONS.items():
                 poison(tokens, out_features, dtype)
                 with sb.backend("triton"):
@@ -138,18 +134,6 @@ def test_low_rank_against_float64(kind, layout, dtype):
                 theirs = act(F.linear(t, u, bias) + F.linear(x, s)).double()
                 bound = 2 * (theirs - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
                 assert (y.double() - exact).abs().max() <= bound, (tokens, activation)
-
-
-@pytest.mark.parametrize("features", [1, 7, 768, 3072, 9000])
-def test_rounding_is_the_definition_to_the_bit(features):
-    from sparsebert.kernels.quantize_rows import quantize_rows
-
-    for dtype in DTYPES:
-        x = torch.randn(64, features, device="cuda", dtype=dtype) * torch.logspace(-6, 4, 64, device="cuda")[:, None]
-        x = x.to(dtype)
-        x[0] = 0
-        for ours, theirs in zip(quantize_rows(x), int8.quantize_rows(x.cpu()), strict=True):
-            assert torch.equal(ours.cpu(), theirs)
 
 
 @pytest.mark.parametrize("how", ["compiled", "captured"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from sparsebert.kernels.int8_linear import int8_linear as kernel
 from sparsebert.kernels.quantize_rows import LONGEST
 from sparsebert.kernels.quantize_rows import quantize_rows as quantize
 from sparsebert.kernels.tiles import Config
-from sparsebert.ops import int8_linear
+from sparsebert.ops import int8_linear, int8_linear_from_int8, int8_linear_to_int8, quantize_rows, select
 from sparsebert.ops.activations import ACTIVATIONS
 from sparsebert.ops.specs import Int8Spec
 
@@ -27,8 +29,10 @@ def test_rounding_is_the_definition(shape, dtype):
     expected, scales = int8.quantize_rows(x)
     assert torch.equal(q, expected) and torch.equal(scale, scales)
     for given in (0.01, 3.0):
-        q, scale = quantize(x, torch.tensor(given))
-        assert torch.equal(q, int8.quantize_static(x, torch.tensor(given))) and scale.tolist() == [torch.tensor(given)]
+        for found, exact in zip(
+            quantize(x, torch.tensor(given)), int8.quantize_rows(x, torch.tensor(given)), strict=True
+        ):
+            assert torch.equal(found, exact)
 
 
 def test_rows_of_extreme_sizes():
@@ -51,6 +55,32 @@ def test_not_a_number_and_infinity_show_in_the_scale_of_their_row_alone():
     expected, scales = int8.quantize_rows(x)
     for row in (0, 3):
         assert torch.equal(q[row], expected[row]) and scale[row] == scales[row]
+
+
+def test_static_rows_that_are_not_finite_show_in_their_scale_alone():
+    x = torch.randn(4, 33)
+    x[1, 5], x[2, 32] = torch.nan, -torch.inf
+    given = torch.tensor(0.02)
+    q, scale = quantize(x, given)
+    expected, scales = int8.quantize_rows(x, given)
+    assert scale.isnan().tolist() == scales.isnan().tolist() == [False, True, True, False]
+    assert torch.equal(q[[0, 3]], expected[[0, 3]]) and torch.equal(scale[[0, 3]], given.expand(2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "none"])
+@pytest.mark.parametrize("features", [7, 300, LONGEST + 5])
+def test_rows_of_an_activation(features, activation, dtype):
+    """Quantized as the activation is in fp32: one step at most where the last bit of fp32 tips a tie."""
+    x = (3 * torch.randn(3, features)).to(dtype)
+    for given in (None, torch.tensor(0.02)):
+        with sb.backend("triton"):
+            q, scale = quantize_rows(x, given, activation=activation)
+        y = ACTIVATIONS[activation](x.double())
+        _, scales = int8.quantize_rows(y.float(), given)
+        torch.testing.assert_close(scale, scales, rtol=4e-7, atol=0)
+        off = (q - (y / scale[:, None]).clamp(-127, 127)).abs()
+        assert off.max() <= 0.5 + 1e-4
 
 
 def test_no_rows():
@@ -98,11 +128,8 @@ def test_through_the_op(n, m, layout, activations, dtype):
         x, bias = torch.randn(tokens, in_features).to(dtype), torch.randn(out_features).to(dtype)
         if activations == "static":
             weight.append(torch.tensor(0.02))
-            q, x_scale = int8.quantize_static(x, weight[-1]), weight[-1]
-        else:
-            q, x_scale = int8.quantize_rows(x)
-            x_scale = x_scale[:, None]
-        sums = (q.long() @ values.long().t()).double() * x_scale.double() * scales.double()
+        q, x_scale = int8.quantize_rows(x, weight[-1] if activations == "static" else None)
+        sums = (q.long() @ values.long().t()).double() * x_scale[:, None].double() * scales.double()
         sizes = Int8Spec(activations, n, m, in_features, out_features)._asdict()
         for activation, act in ACTIVATIONS.items():
             for b in (bias, None):
@@ -114,6 +141,35 @@ def test_through_the_op(n, m, layout, activations, dtype):
                     assert found[backend].shape == exact.shape and found[backend].dtype == dtype
                 ours, theirs = ((y.double() - exact).abs().max() for y in found.values())
                 assert ours <= 2 * theirs + torch.finfo(dtype).eps * exact.abs().max(), activation
+
+
+@pytest.mark.parametrize("split_k", [1, 4])
+@pytest.mark.parametrize(("n", "m", "layout"), [(1, 1, "neutral"), (2, 4, "neutral"), (2, 4, "unpacked")], ids=str)
+def test_int8_rows_in_and_out(n, m, layout, split_k, monkeypatch):
+    """From int8: what ``int8_linear`` makes of the same rows. To int8: the nearest step of that, in fp32."""
+    (kernel,) = (c for c in select.candidates("int8_linear", layout) if c.backend == "triton")
+    fixed = dataclasses.replace(kernel, configurations=lambda problem: [Config(32, 16, 64, split_k)])
+    monkeypatch.setitem(select._candidates, ("int8_linear", layout), [fixed])
+    select._choose.cache_clear()
+    values, packed, scales = weight_of(40, 208, n, m)
+    weight = [*(packed if layout == "neutral" else [values]), scales]
+    sizes = Int8Spec("dynamic", n, m, 208, 40)._asdict()
+    x, bias, output_scale = torch.randn(3, 7, 208), torch.randn(40), torch.tensor(0.05)
+    q, s = int8.quantize_rows(x)
+    with sb.backend("triton"):
+        for activation, act in ACTIVATIONS.items():
+            options = {"layout": layout, "activation": activation, **sizes}
+            y = int8_linear_from_int8(q, s, weight, bias, dtype=torch.float32, **options)
+            assert torch.equal(y, int8_linear(x, weight, bias, **options))
+            found, found_scales = int8_linear_to_int8(q, s, weight, bias, output_scale, **options)
+            assert found.dtype == torch.int8 and torch.equal(found_scales, output_scale.expand(3, 7))
+            exact = (q.long() @ values.long().t()).double() * s[..., None].double() * scales.double() + bias.double()
+            off = (found - (act(exact) / output_scale.double()).clamp(-127, 127)).abs()
+            assert off.max() <= 0.5 + 1e-4
+        s[1, 2] = torch.nan
+        _, found_scales = int8_linear_to_int8(q, s, weight, None, output_scale, **{**options, "activation": "none"})
+        assert found_scales.isnan().nonzero().tolist() == [[1, 2]]
+    select._choose.cache_clear()
 
 
 def test_a_bad_row_spoils_itself_alone():

@@ -1,4 +1,4 @@
-"""Triton's candidates for ``int8_linear``."""
+"""Triton's candidates for ``int8_linear``, for the ops on int8 rows, and for ``quantize_rows``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from sparsebert.ops import int8, select
+from sparsebert.ops import int8, quantized, select
 from sparsebert.ops.layouts import NEUTRAL
 from sparsebert.ops.select import Candidate, Problem
 from sparsebert.ops.triton.configurations import around, columns, fitting, shared_bytes
@@ -36,34 +37,74 @@ def configurations(problem: Problem) -> Sequence[Config]:
     )
 
 
-def _run(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem, *, configuration: Config) -> Tensor:
-    from sparsebert.kernels.int8_linear import int8_linear
+def _quantize(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     from sparsebert.kernels.quantize_rows import quantize_rows
+
+    return quantize_rows(rows_of(x), input_scale)
+
+
+def _multiply(
+    q: Tensor,
+    s: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    problem: Problem,
+    *,
+    configuration: Config,
+    output_scale: Tensor | None = None,
+    y_scale: Tensor | None = None,
+) -> Tensor:
+    from sparsebert.kernels.int8_linear import int8_linear
 
     spec: Any = problem.spec
     patterned = _patterned(problem)
     values, *rest = weight
     positions = rest.pop(0) if patterned else None
-    scales, *static = rest
-    q, x_scale = quantize_rows(rows_of(x), static[0] if static else None)
-    y = int8_linear(
+    return int8_linear(
         q,
-        x_scale,
+        s,
         values,
         positions,
-        scales,
+        rest[0],
         bias,
         n=spec.n if patterned else 1,
         m=spec.m if patterned else 1,
         activation=problem.activation,
-        dtype=x.dtype,
+        dtype=problem.dtype,
         config=configuration,
+        output_scale=output_scale,
+        y_scale=y_scale,
     )
-    return y.view(*x.shape[:-1], spec.out_features)
 
 
+def _requantize(
+    q: Tensor,
+    s: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    output_scale: Tensor,
+    problem: Problem,
+    *,
+    configuration: Config,
+) -> tuple[Tensor, Tensor]:
+    y_scale = torch.empty_like(s)
+    scales = {"output_scale": output_scale, "y_scale": y_scale}
+    return _multiply(q, s, weight, bias, problem, configuration=configuration, **scales), y_scale
+
+
+def _quantize_rows(x: Tensor, input_scale: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor]:
+    from sparsebert.kernels.quantize_rows import quantize_rows
+
+    q, s = quantize_rows(rows_of(x), input_scale, activation=problem.activation)
+    return q.view(x.shape), s.view(x.shape[:-1])
+
+
+_KERNELS = int8.Kernels(_multiply, _quantize, _requantize)
 for _layout, _text in (
     (NEUTRAL, "Triton: int8 tensor cores, an n:m weight unpacked in registers"),
     (int8.UNPACKED, "Triton: int8 tensor cores"),
 ):
-    select.add_candidate(Candidate(int8.OP, _layout, "triton", _text, refusal, _run, configurations))
+    select.add_candidate(Candidate(int8.OP, _layout, "triton", _text, refusal, _KERNELS, configurations))
+select.add_candidate(
+    Candidate(quantized.OP, NEUTRAL, "triton", "Triton: a program a row, read once", refusal, _quantize_rows)
+)
