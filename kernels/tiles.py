@@ -3,11 +3,13 @@ configuration, its edges and its epilogue; and unpacking a tile of a packed weig
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Added and taken away, it leaves a float32 below 2**22 rounded to the nearest whole number, ties to even.
 _ROUND = tl.constexpr(1.5 * 2.0**23)
 
@@ -93,6 +95,156 @@ def load_nm_tile(
     with BITS bits a position, little-endian. ``first_column`` is a multiple of BLOCK_K, and that of 8 groups. Columns
     past the end, and rows that ``row_mask`` leaves out, are zero.
     """
+    SHORT: tl.constexpr = values_ptr.dtype.element_ty.primitive_bitwidth <= 16
+    if SHORT and (KEEP == 1 or KEEP == 2 or KEEP == 4) and (GROUP == 4 or GROUP == 8):
+        return _load_by_permuting(
+            values_ptr,
+            positions_ptr,
+            rows,
+            row_mask,
+            first_column,
+            kept,
+            position_bytes,
+            KEEP,
+            GROUP,
+            BITS,
+            BLOCK_M,
+            BLOCK_K,
+        )
+    else:
+        return _load_by_comparing(
+            values_ptr,
+            positions_ptr,
+            rows,
+            row_mask,
+            first_column,
+            kept,
+            position_bytes,
+            KEEP,
+            GROUP,
+            BITS,
+            BLOCK_M,
+            BLOCK_K,
+        )
+
+
+@triton.jit
+def _load_by_permuting(
+    values_ptr,
+    positions_ptr,
+    rows,
+    row_mask,
+    first_column,
+    kept,
+    position_bytes,
+    KEEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``load_nm_tile`` for elements of 8 and 16 bits: a register of a group, 4 or 2 elements, is one permutation of the
+    bytes of the two values that fall into it, and zero.
+
+    For each of its bytes a permutation has a selector of 4 bits: that of a byte of the values, or 4, which is zero. The
+    selectors of a whole group are zeros' with one exclusive or for each value, at its position.
+    """
+    WIDTH: tl.constexpr = values_ptr.dtype.element_ty.primitive_bitwidth
+    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    # Values come in pairs, those of a group of 4 as two pairs.
+    TAKEN: tl.constexpr = 2 if KEEP > 1 else 1
+    PAIRS: tl.constexpr = KEEP // TAKEN
+    UNITS: tl.constexpr = GROUPS * PAIRS
+    if WIDTH * TAKEN == 32:
+        unit_ptr = values_ptr.to(tl.pointer_type(tl.uint32))
+    elif WIDTH * TAKEN == 16:
+        unit_ptr = values_ptr.to(tl.pointer_type(tl.uint16))
+    else:
+        unit_ptr = values_ptr.to(tl.pointer_type(tl.uint8))
+    first = first_column // GROUP * PAIRS
+    units = first + tl.arange(0, UNITS)
+    row_units = kept // TAKEN
+    values = tl.load(
+        unit_ptr + rows[:, None].to(tl.int64) * row_units + units[None, :],
+        mask=row_mask[:, None] & (units < row_units)[None, :],
+        other=0,
+    ).to(tl.uint32)  # [BLOCK_M, UNITS]
+    # A byte holds the positions of several units: load each once, then take it apart.
+    CODE_BITS: tl.constexpr = TAKEN * BITS
+    PER_BYTE: tl.constexpr = 8 // CODE_BITS
+    bytes_ = first // PER_BYTE + tl.arange(0, UNITS // PER_BYTE)
+    packed = tl.load(
+        positions_ptr + rows[:, None] * position_bytes + bytes_[None, :],
+        mask=row_mask[:, None] & (bytes_ < position_bytes)[None, :],
+        other=0,
+    )
+    codes = packed[:, :, None].to(tl.uint32) >> (tl.arange(0, PER_BYTE) * CODE_BITS)[None, None, :].to(tl.uint32)
+    codes = tl.reshape(codes, (BLOCK_M, UNITS))
+
+    # Selectors: of 16 bits 0x10 for the first value and 0x32 for the second, of 8 bits 0 and 1; for zero 0x44 and 4.
+    SELECTOR_BITS: tl.constexpr = WIDTH // 2
+    if SELECTOR_BITS * GROUP > 32:
+        codes = codes.to(tl.uint64)
+    ZEROS: tl.constexpr = 0x4444444444444444 if SELECTOR_BITS * GROUP > 32 else 0x44444444
+    FIRST: tl.constexpr = 0x54 if WIDTH == 16 else 4
+    SECOND: tl.constexpr = 0x76 if WIDTH == 16 else 5
+    MASK: tl.constexpr = (1 << BITS) - 1
+    selectors = codes * 0 + ZEROS
+    selectors ^= (codes * 0 + FIRST) << ((codes & MASK) * SELECTOR_BITS)
+    if TAKEN == 2:
+        selectors ^= (codes * 0 + SECOND) << (((codes >> BITS) & MASK) * SELECTOR_BITS)
+    WORDS: tl.constexpr = GROUP * WIDTH // 32
+    words = (tl.arange(0, WORDS) * 16)[None, None, :].to(selectors.dtype)
+    chosen = (selectors[:, :, None] >> words).to(tl.uint32)  # [BLOCK_M, UNITS, WORDS]
+    dense = permute_bytes(tl.broadcast_to(values[:, :, None], (BLOCK_M, UNITS, WORDS)), chosen)
+    if PAIRS == 2:
+        pairs = tl.permute(tl.reshape(dense, (BLOCK_M, GROUPS, 2, WORDS)), (0, 1, 3, 2))
+        even, odd = tl.split(pairs)
+        dense = even | odd
+    ELEMENT: tl.constexpr = values_ptr.dtype.element_ty
+    if WIDTH == 16:
+        low, high = dense.to(tl.uint16), (dense >> 16).to(tl.uint16)
+        dense = tl.join(low.to(ELEMENT, bitcast=True), high.to(ELEMENT, bitcast=True))
+    else:
+        even = tl.join(dense.to(tl.int8), (dense >> 16).to(tl.int8))
+        odd = tl.join((dense >> 8).to(tl.int8), (dense >> 24).to(tl.int8))
+        dense = tl.join(even, odd)
+    return tl.reshape(dense, (BLOCK_M, BLOCK_K))
+
+
+@triton.jit
+def permute_bytes(values, selectors):
+    """Of each uint32 the bytes that its selector names, 4 bits for each of the result: 0 to 3 a byte, 4 to 7 zero. One
+    instruction, which the interpreter takes apart."""
+    if INTERPRETED:
+        result = values * 0
+        for i in tl.static_range(4):
+            selector = (selectors >> (4 * i)) & 7
+            byte = (values >> ((selector & 3) * 8)) & 255
+            result |= tl.where(selector < 4, byte, 0).to(tl.uint32) << (8 * i)
+        return result
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [values, selectors], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _load_by_comparing(
+    values_ptr,
+    positions_ptr,
+    rows,
+    row_mask,
+    first_column,
+    kept,
+    position_bytes,
+    KEEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``load_nm_tile`` for any pattern and dtype: each value at each place of its group where its position is that."""
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     if KEEP & (KEEP - 1) == 0:
         SLOTS: tl.constexpr = KEEP
