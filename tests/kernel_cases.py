@@ -55,13 +55,17 @@ def _options(config: Any) -> dict[str, int]:
 def configured(
     spec: Spec, arch: int, tokens: int, dtype: torch.dtype, every: bool, layout: str = "neutral"
 ) -> list[Any]:
-    """The estimate of Triton's kernel, or ``every`` configuration that ``tune`` may try; those that differ in nothing
-    that is compiled but the number of splits as one."""
+    """The estimate of Triton's kernel, or ``every`` configuration that ``tune`` may try, one of those that differ in
+    nothing that is compiled but numbers: of splits, and of steps in flight, of which the most need the most."""
     problem = Problem(layout, DEVICES[arch], dtype, spec, tokens, "gelu")
     (kernel,) = (found for found in candidates(spec.op, layout) if found.backend == "triton")
     assert kernel.configurations is not None
-    found = kernel.configurations(problem)
-    return list(dict.fromkeys(_few_splits(config) for config in (found if every else found[:1])))
+    found = [_few_splits(config) for config in kernel.configurations(problem)]
+    if not every:
+        return found[:1]
+    return list(
+        {config._replace(num_stages=0): config for config in sorted(found, key=lambda c: c.num_stages)}.values()
+    )
 
 
 def _few_splits(config: Any) -> Any:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import sparsebert as sb
 from kernel_cases import DEVICES
-from sparsebert.ops import select
+from sparsebert.nn import PackedLinear
+from sparsebert.ops import devices, layouts, select
 from sparsebert.ops.devices import Device
 from sparsebert.ops.specs import Int8Spec, NMSpec
 from sparsebert.ops.triton import int8, nm, support
@@ -51,6 +56,62 @@ def test_older_versions_are_refused(monkeypatch, version, reason):
     assert support._missing() == reason
     monkeypatch.undo()
     support._missing.cache_clear()
+
+
+FORMATS = {
+    "2:4": sb.NMConfig(2, 4),
+    "bitmap": sb.BitmapConfig(0.1),
+    "low rank": sb.LowRankConfig(rank=4),
+    "low rank + rows": sb.LowRankSparseConfig(rank=4, sparse=sb.RowsConfig(0.2)),
+    "low rank + 2:4": sb.LowRankSparseConfig(rank=4, sparse=sb.NMConfig(2, 4)),
+    "low rank + bitmap": sb.LowRankSparseConfig(rank=4, sparse=sb.BitmapConfig(0.1)),
+    "int8": sb.Int8Config(),
+    "int8 2:4": sb.Int8Config(weights=sb.NMConfig(2, 4)),
+}
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Makes a model on a CPU look as if it lay on a GPU of the capability given."""
+
+    def pretend(capability):
+        found = SimpleNamespace(
+            name="a GPU",
+            major=capability[0],
+            minor=capability[1],
+            multi_processor_count=132,
+            shared_memory_per_block_optin=227 << 10,
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+        monkeypatch.setattr(PackedLinear, "device", torch.device("cuda"))
+
+    devices.describe.cache_clear()
+    yield pretend
+    devices.describe.cache_clear()
+
+
+@pytest.mark.parametrize("config", FORMATS.values(), ids=FORMATS.keys())
+def test_explain_lists_triton_on_a_gpu_or_why_not(config, on_gpu):
+    """In each layout that a kernel of Triton reads."""
+    model = nn.Sequential(nn.Linear(64, 48)).half()
+    sb.compress_(model, {"0": config})
+    spec = model[0].spec
+    read = [
+        name for name in layouts.names(spec.op) if any(c.backend == "triton" for c in select.candidates(spec.op, name))
+    ]
+    assert read
+    for capability in ((9, 0), (7, 5)):
+        on_gpu(capability)
+        devices.describe.cache_clear()
+        chosen = 0
+        for name in read:
+            model[0].layout = name
+            (layer,) = sb.explain(model).layers
+            if capability == (9, 0):
+                chosen += layer.kernel.startswith("triton (Triton: ") and layer.kernel.endswith(": estimated)")
+            else:
+                assert any("needs compute capability 8.0, found 7.5" in reason for reason in layer.refused)
+        assert chosen or capability == (7, 5)
 
 
 @given(
