@@ -35,14 +35,16 @@ def configurations(problem: Problem) -> Sequence[Config]:
     """64 features, the rows of a Hopper MMA. Few tokens: as many inputs a step as give each thread 4 bytes of bits;
     many: half as many, and more tokens an unpacked tile."""
     itemsize = problem.dtype.itemsize
-    block_n = columns(problem.tokens, 256 // itemsize)
+    # Wider tiles of fp32 spill.
+    block_n = columns(problem.tokens, 128 if itemsize == 2 else 32)
     block_k = (256 if block_n <= 32 else 128) // itemsize
     splits = _chunks(problem.spec) if problem.layout == CHUNKED else 1
-    # The packed bytes of a tile follow from its bits alone, and pass through registers.
+    # Values of 2 bytes pass through registers; those of 4 are copied to shared memory, steps ahead.
+    weight = 0 if itemsize == 2 else itemsize
     return fitting(
         problem,
         around(problem, 64, block_n, block_k, itemsize=itemsize, wide=True, splits=splits),
-        lambda config: shared_bytes(config, weight_bytes=0, dense_bytes=itemsize, x_bytes=itemsize),
+        lambda config: shared_bytes(config, weight_bytes=weight, dense_bytes=itemsize, x_bytes=itemsize),
     )
 
 
