@@ -363,6 +363,10 @@ def _int_mm(case: Case) -> Built:
     )
 
 
+# What a CPU holds in place of a layout that only GPUs have.
+_ON_A_CPU = {"grouped": "stacked", "chunked": "neutral"}
+
+
 def _triton(case: Case, config: str, layout: str = "neutral") -> Built:
     """This package's Triton kernel for the format ``config``, through its op; on a CPU, its reference."""
     on_gpu = case.device.type == "cuda"
@@ -373,7 +377,7 @@ def _triton(case: Case, config: str, layout: str = "neutral") -> Built:
         linear.bias.copy_(b)
     model = torch.nn.Sequential(linear)
     sb.compress_(model, {"0": parse_config(config)})
-    module: Any = model[0].prepare_("stacked" if layout == "grouped" and not on_gpu else layout)
+    module: Any = model[0].prepare_(layout if on_gpu else _ON_A_CPU.get(layout, layout))
     weight_bytes = sum(_nbytes(tensor) for tensor in module.buffers())
     copies = [module, *(deepcopy(module) for _ in range(case.copies_for(weight_bytes) - 1))]
 
@@ -453,7 +457,7 @@ OWN = (
     Peer("triton_nm24_fp16", "float16 2:4", "bias", partial(_triton, config="2:4")),
     Peer("triton_nm14_fp16", "float16 1:4", "bias", partial(_triton, config="1:4")),
     Peer("triton_nm28_fp16", "float16 2:8", "bias", partial(_triton, config="2:8")),
-    Peer("triton_bitmap05_fp16", "float16, 5 % kept", "bias", partial(_triton, config="bitmap:0.05")),
+    Peer("triton_bitmap05_fp16", "float16, 5 % kept", "bias", partial(_triton, config="bitmap:0.05", layout="chunked")),
     Peer(
         "triton_low_rank_rows_fp16",
         "float16, rank 5 % + 15 % of the rows",

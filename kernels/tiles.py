@@ -343,15 +343,43 @@ def load_bitmap_tile(
     ``begins int64 (BLOCK_M)`` is where each row's values from ``first_column`` on begin. Bits past the end of a row are
     zero in ``formats.bitmap``, and bytes past it are not read.
     """
+    bits = load_bits(bitmap_ptr, rows, row_mask, first_column, row_bytes, BLOCK_K)
+    return load_set(values_ptr, begins, bits, BLOCK_M, BLOCK_K)
+
+
+@triton.jit
+def load_bits(bitmap_ptr, rows, row_mask, first_column, row_bytes, BLOCK_K: tl.constexpr):
+    """The bits of those columns, ``uint8 (BLOCK_M, BLOCK_K / 8)``."""
     bytes_ = first_column // 8 + tl.arange(0, BLOCK_K // 8)
-    packed = tl.load(
+    return tl.load(
         bitmap_ptr + rows[:, None].to(tl.int64) * row_bytes + bytes_[None, :],
         mask=row_mask[:, None] & (bytes_ < row_bytes)[None, :],
         other=0,
-    )  # [BLOCK_M, BLOCK_K / 8]
-    bits = (packed[:, :, None].to(tl.int32) >> tl.arange(0, 8)[None, None, :]) & 1
-    bits = tl.reshape(bits, (BLOCK_M, BLOCK_K))
-    # Values up to and with each column: the place of a set bit's value is one less.
-    counts = tl.cumsum(bits, axis=1)
-    values = tl.load(values_ptr + begins[:, None] + (counts - 1), mask=bits != 0, other=0.0)
-    return values, begins + tl.sum(bits, axis=1)
+    )
+
+
+@triton.jit
+def load_set(values_ptr, begins, bits, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The values of the set ``bits`` at their columns, ``(BLOCK_M, BLOCK_K)``, and where each row goes on after them.
+
+    A value's place is the number of bits before its own. Summed along columns these would pass from thread to thread;
+    so only those of whole bytes are, and each column counts those before it in its byte.
+    """
+    bits = bits.to(tl.uint32)
+    counts = _count_bits(bits)
+    # One number for both takes one exchange through shared memory to the threads that have the columns.
+    before = (tl.cumsum(counts, axis=1) - counts).to(tl.uint32)
+    packed = (before << 8 | bits)[:, :, None]
+    own = (tl.full((8,), 1, tl.uint32) << tl.arange(0, 8).to(tl.uint32))[None, None, :]
+    places = (packed >> 8).to(tl.int32) + _count_bits(packed & (own - 1))
+    values = tl.load((values_ptr + begins)[:, None, None] + places, mask=(packed & own) != 0, other=0.0)
+    return tl.reshape(values, (BLOCK_M, BLOCK_K)), begins + tl.sum(counts, axis=1)
+
+
+@triton.jit
+def _count_bits(x):
+    """How many bits of uint32 are set: LLVM makes one instruction of this."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)

@@ -144,22 +144,28 @@ def _over(tokens: Iterable[int], found: Callable[[int], list[Any]]) -> list[Any]
 
 
 def bitmap_cases(arch: int, every: bool) -> Iterator[Case]:
-    spec = BitmapSpec(200_000, 1024, 4096)
-    for name, dtype in DTYPES.items():
-        for config in _over(TOKENS, lambda tokens, dtype=dtype: configured(spec, arch, tokens, dtype, every)):
+    """Each configuration with row offsets, and with starts of chunks."""
+    spec = BitmapSpec(200_000, 4096, 1024)
+    for (name, dtype), layout in product(DTYPES.items(), ("neutral", "chunked")):
+        found = [configured(spec, arch, tokens, dtype, every, layout) for tokens in TOKENS]
+        for config in dict.fromkeys(chain.from_iterable(found)):
             yield Case(
-                f"bitmap_linear {name} {'x'.join(map(str, config))}",
+                f"bitmap_linear {layout} {name} {'x'.join(map(str, config))}",
                 "bitmap_linear:_bitmap_linear_kernel",
                 {
-                    **dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "y_ptr"), f"*{name}"),
+                    **dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr"), f"*{name}"),
+                    "y_ptr": "*fp32" if config.split_k > 1 else f"*{name}",
                     "bitmap_ptr": "*u8",
-                    "row_offsets_ptr": "*i64",
+                    "starts_ptr": "*i64" if layout == "neutral" else "*i32",
                     **dict.fromkeys(("tokens", "in_features", "out_features", "x_stride", "row_bytes"), "i32"),
+                    **({"chunks": "i32"} if layout == "chunked" else {}),
                 },
                 {
+                    **({"chunks": 1, "CHUNK": 0} if layout == "neutral" else {"CHUNK": 256}),
                     "HAS_BIAS": True,
                     "ACTIVATION": "gelu",
                     **_sides(config),
+                    "SPLIT_K": config.split_k,
                 },
                 ("in_features", "out_features", "x_stride", "row_bytes"),
                 _options(config),

@@ -10,7 +10,7 @@ import torch
 
 from sparsebert.ops import layout_choice, layouts, measurements, select
 from sparsebert.ops.devices import Device
-from sparsebert.ops.specs import NMSpec
+from sparsebert.ops.specs import BitmapSpec, NMSpec
 
 SPEC = NMSpec(2, 4, 768, 3072)
 CPU = torch.device("cpu")
@@ -35,10 +35,10 @@ def problem(layout="neutral", **change):
     return select.Problem(**(values | change))
 
 
-def record(**times):
+def record(spec=SPEC, **times):
     """Rows for layouts at token counts: ``dense={128: 10.0}``."""
     measurements.record(
-        measurements.make_row(SPEC, layout, tokens, torch.float32, CPU, median_us=us, mad_us=0.1, backend="reference")
+        measurements.make_row(spec, layout, tokens, torch.float32, CPU, median_us=us, mad_us=0.1, backend="reference")
         for layout, by_tokens in times.items()
         for tokens, us in by_tokens.items()
     )
@@ -156,6 +156,23 @@ def test_dense_is_held_where_packed_loses_at_any_count():
     choice = layout_choice.best(SPEC, torch.float32, CPU)
     assert (choice.layout, choice.source) == ("dense", "measured")
     assert "neutral takes 1.10, 0.50 of the time of dense" in choice.reason
+
+
+def test_bitmaps_are_chunked_on_a_gpu_and_dense_where_chunks_lose(monkeypatch):
+    from sparsebert.ops.triton import bitmap
+
+    for module in (measurements, bitmap):
+        monkeypatch.setattr(module, "describe", lambda device: Device("cuda", "a GPU", (9, 0)))
+    spec = BitmapSpec(1000, 768, 3072)
+    assert layout_choice.best(spec, torch.float32, CUDA) == ("chunked", "default", "not measured here")
+    assert layout_choice.best(spec, torch.float64, CUDA).layout == "neutral"
+    record(spec, dense={1: 10.0, 128: 10.0}, neutral={1: 9.0, 128: 9.0}, chunked={1: 4.0, 128: 9.0})
+    choice = layout_choice.best(spec, torch.float32, CUDA)
+    assert (choice.layout, choice.source) == ("chunked", "measured")
+    record(spec, neutral={128: 30.0}, chunked={128: 20.0})
+    choice = layout_choice.best(spec, torch.float32, CUDA)
+    assert (choice.layout, choice.source) == ("dense", "measured")
+    assert choice.reason == "measured at 1, 128 tokens: chunked takes 0.40, 2.00 of the time of dense"
 
 
 def test_a_layout_measured_at_fewer_counts_does_not_qualify():

@@ -12,11 +12,12 @@ from torch import nn
 
 import sparsebert as sb
 from kernel_cases import DEVICES
+from sparsebert.formats import bitmap as bitmap_format
 from sparsebert.nn import PackedLinear
 from sparsebert.ops import devices, layouts, select
 from sparsebert.ops.devices import Device
-from sparsebert.ops.specs import Int8Spec, NMSpec
-from sparsebert.ops.triton import int8, nm, support
+from sparsebert.ops.specs import BitmapSpec, Int8Spec, NMSpec
+from sparsebert.ops.triton import bitmap, int8, nm, support
 from sparsebert.ops.triton.configurations import MOST_SPLITS
 
 NM = NMSpec(2, 4, 768, 3072)
@@ -84,6 +85,7 @@ def on_gpu(monkeypatch):
         )
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
         monkeypatch.setattr(PackedLinear, "device", torch.device("cuda"))
+        monkeypatch.setattr(PackedLinear, "dtype", torch.float16)
 
     devices.describe.cache_clear()
     yield pretend
@@ -142,3 +144,56 @@ def test_configurations_fit_their_kernel(pattern, in_features, out_features, tok
         assert config.split_k == 1 or (config.split_k <= MOST_SPLITS and 2 * config.split_k <= steps)
         assert config.block_n < 2 * max(16, tokens)
     assert len(set(found)) > 3
+
+
+@given(
+    st.integers(1, 8192),
+    st.integers(1, 8192),
+    st.integers(0, 1 << 20),
+    st.sampled_from([torch.float16, torch.float32]),
+    st.sampled_from([*DEVICES.values(), Device("cpu")]),
+)
+def test_splits_of_a_bitmap_have_whole_chunks(in_features, out_features, tokens, dtype, device):
+    problem = select.Problem("chunked", device, dtype, BitmapSpec(1, in_features, out_features), tokens, "none")
+    chunks = -(-in_features // bitmap.CHUNK)
+    found = bitmap.configurations(problem)
+    for config in found:
+        for side in config[:3]:
+            assert side >= 16 and side & (side - 1) == 0
+        assert bitmap.CHUNK % config.block_k == 0 and 1 <= config.split_k <= min(chunks, MOST_SPLITS)
+    whole = bitmap.configurations(problem._replace(layout="neutral"))
+    assert {config.split_k for config in whole} == {1}
+    assert len(set(found)) == len(found) >= len(whole) > 1
+
+
+@given(
+    st.integers(1, 5),
+    st.one_of(st.integers(1, 600), st.sampled_from([255, 256, 257, 1024])),
+    st.one_of(st.just(0.0), st.just(1.0), st.floats(0, 1)),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    st.integers(0, 1 << 32),
+)
+def test_chunks_give_the_neutral_tensors_back(out_features, in_features, density, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(out_features, in_features, generator=generator) < density
+    dense = torch.randn(out_features, in_features, generator=generator).to(dtype) * kept
+    neutral = list(bitmap_format.pack(dense))
+    spec = BitmapSpec(len(neutral[0]), in_features, out_features)
+    layout = layouts.get(spec.op, "chunked")
+    weight = layout.from_neutral(neutral, spec, dtype)
+    for tensor, held in zip(weight, layout.tensors(spec).values(), strict=True):
+        assert tuple(tensor.shape) == held.shape
+        assert tensor.dtype == (dtype if held.dtype == layouts.COMPUTE else held.dtype)
+    before = (dense != 0).flatten().cumsum(0) - (dense != 0).flatten().long()
+    assert torch.equal(weight[2].long(), before.view(out_features, in_features)[:, :: bitmap.CHUNK])
+    for tensor, expected in zip(layout.to_neutral(weight, spec), neutral, strict=True):
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected)
+    assert torch.equal(layout.to_dense(weight, spec, dtype), dense)
+
+
+def test_chunks_need_a_gpu_and_numbers_that_int32_holds():
+    supports = layouts.get("bitmap_linear", "chunked").supports
+    assert supports(BitmapSpec(9, 64, 8), torch.float16, torch.device("cpu")) == "needs a CUDA device, not cpu"
+    spec = BitmapSpec(1 << 31, 1 << 16, 1 << 16)
+    expected = "needs at most 2147483647 non-zeros, not 2147483648"
+    assert supports(spec, torch.float16, torch.device("cpu")) == expected

@@ -41,6 +41,7 @@ _HELD = {
     ("nm", "cusparselt"): "packed, in the order of cuSPARSELt",
     ("nm", "cutlass"): "packed, in the order of CUTLASS",
     ("bitmap", "neutral"): "as on disk; where no kernel reads that, they are unpacked in every call",
+    ("bitmap", "chunked"): "packed, and where the weights of every 256 inputs begin: 4 bytes each",
     ("bitmap", "dense"): "as the unpacked weight, the size of a dense layer",
     ("low_rank", "neutral"): "as on disk: the factors, which are multiplied with as they are",
     ("low_rank", "dense"): "as the product of the factors, beside them: more than a dense layer",

@@ -15,6 +15,7 @@ _DEFAULTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("nm_linear", "cpu"): ("dense",),
     ("nm_linear", "cuda"): ("cusparselt", "cutlass"),
     ("bitmap_linear", "cpu"): ("dense",),
+    ("bitmap_linear", "cuda"): ("chunked",),
     ("low_rank_sparse_linear", "cpu"): ("stacked", "dense"),
     ("low_rank_sparse_linear", "cuda"): ("grouped", "stacked"),
     ("int8_linear", "cpu"): ("unpacked",),

@@ -17,6 +17,7 @@ from sparsebert.ops import (
     low_rank_sparse,
     low_rank_sparse_linear,
     nm_linear,
+    select,
 )
 from sparsebert.ops.activations import ACTIVATIONS
 from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec
@@ -78,22 +79,44 @@ def test_int8_linear_against_float64(n, m, layout, activations, dtype):
                 assert (y.double() - exact).abs().max() <= bound, (tokens, activation)
 
 
+def bitmap_weight(out_features, in_features, density, dtype, layout):
+    """A dense weight, its tensors in ``layout``, and its sizes."""
+    keep = torch.rand(out_features, in_features) < density
+    dense = (torch.randn(out_features, in_features) * keep).to("cuda", dtype)
+    neutral = list(bitmap.pack(dense))
+    spec = BitmapSpec(len(neutral[0]), in_features, out_features)
+    return dense, layouts.get(spec.op, layout).from_neutral(neutral, spec, dtype), spec
+
+
+@pytest.mark.parametrize("layout", ["neutral", "chunked"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
-def test_bitmap_linear_against_float64(density, dtype):
-    for out_features, in_features in SIZES:
-        keep = torch.rand(out_features, in_features) < density
-        dense = (torch.randn(out_features, in_features) * keep).to("cuda", dtype)
-        weight = list(bitmap.pack(dense))
+def test_bitmap_linear_against_float64(density, dtype, layout):
+    for out_features, in_features in (*SIZES, (1, 300), (100, 1300)):
+        dense, weight, spec = bitmap_weight(out_features, in_features, density, dtype, layout)
         bias = torch.randn(out_features, device="cuda", dtype=dtype)
-        sizes = BitmapSpec(len(weight[0]), in_features, out_features)._asdict()
         for tokens in TOKENS:
             x = torch.randn(tokens, in_features, device="cuda", dtype=dtype)
             for activation in ACTIVATIONS:
                 poison(tokens, out_features, dtype)
                 with sb.backend("triton"):
-                    y = bitmap_linear(x, weight, bias, layout="neutral", activation=activation, **sizes)
+                    y = bitmap_linear(x, weight, bias, layout=layout, activation=activation, **spec._asdict())
                 check(y, x, dense, bias, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_configuration_of_chunks_against_float64(dtype):
+    """What ``sb.tune`` may choose, the splits included; the same bits every time."""
+    dense, weight, spec = bitmap_weight(1024, 4096, 0.05, dtype, "chunked")
+    for tokens in (1, 33, 512):
+        x = torch.randn(tokens, 4096, device="cuda", dtype=dtype)
+        problem = select.problem_of(spec, "chunked", x, "gelu")
+        (candidate,) = (found for found in select.candidates(spec.op, "chunked") if found.backend == "triton")
+        for solution in select.solutions(candidate, problem):
+            poison(tokens, 1024, dtype)
+            y = solution.run(x, weight, None, problem)
+            check(y, x, dense, None, "gelu")
+            assert torch.equal(solution.run(x, weight, None, problem), y), solution
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -43,7 +43,7 @@ def split_of(tiles: int, steps: int, multiprocessors: int, most: int = 8) -> int
     """How many programs share the ``steps`` of a tile along the inner dimension, a power of two: as many as fill the
     device and leave each two steps at least."""
     split = 1
-    while split < most and 2 * split * tiles <= multiprocessors and 4 * split <= steps:
+    while 2 * split <= most and 2 * split * tiles <= multiprocessors and 4 * split <= steps:
         split *= 2
     return split
 
@@ -76,13 +76,13 @@ def around(
     *,
     itemsize: int,
     wide: bool = False,
-    splits: bool = True,
+    splits: int = MOST_SPLITS,
 ) -> Iterator[Config]:
     """The estimate, in tiles of these sides, then others: twice the inputs a step, half the features or twice them,
     half the tokens; with fewer and more splits, and fewer and more steps in flight.
 
     ``itemsize``: of the elements that are multiplied. ``wide``: unpacking takes registers beyond the tile itself.
-    ``splits``: whether programs can share the inputs of a tile.
+    ``splits``: how many programs at most can share the inputs of a tile.
     """
     from sparsebert.kernels.tiles import Config
 
@@ -92,11 +92,11 @@ def around(
     for m, n, k in sides:
         tiles = -(-problem.out_features // m) * -(-max(1, problem.tokens) // n)
         steps = -(-problem.in_features // k)
-        split = split_of(tiles, steps, sms(problem)) if splits else 1
+        split = split_of(tiles, steps, sms(problem), min(8, splits))
         # Four warps would spill.
         num_warps = 8 if wide or m * n > 64 * 64 or m * k * itemsize > 64 * 256 else 4
         for split_k in dict.fromkeys((split, max(1, split // 2), min(MOST_SPLITS, 2 * split))):
-            if split_k > 1 and (not splits or 2 * split_k > steps):
+            if split_k > 1 and (split_k > splits or 2 * split_k > steps):
                 continue
             for num_stages in (3, 2, 5):
                 yield Config(m, n, k, split_k, num_warps, num_stages)
