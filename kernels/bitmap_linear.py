@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsebert.kernels.launch import await_previous, launch_options, release_next
 from sparsebert.kernels.split_k import sum_splits
 from sparsebert.kernels.tiles import Config, load_bits, load_set, store_partial, store_tile, tile_edges
 
@@ -37,7 +38,9 @@ def _bitmap_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_previous(PDL)
     rows, row_mask, columns, column_mask = tile_edges(tokens, out_features, BLOCK_M, BLOCK_N)
     split = tl.program_id(2)
 
@@ -63,6 +66,7 @@ def _bitmap_linear_kernel(
         accumulator = tl.dot(weight, x, accumulator, input_precision="ieee")
         bits = next_bits
 
+    release_next(PDL)
     if SPLIT_K > 1:
         store_partial(accumulator, y_ptr, split, rows, row_mask, columns, column_mask, tokens, out_features)
     else:
@@ -118,5 +122,6 @@ def bitmap_linear(
         SPLIT_K=config.split_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **launch_options(x),
     )
     return sum_splits(target, bias, activation, y) if split else y

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsebert.kernels.launch import await_previous, launch_options, release_next
 from sparsebert.kernels.split_k import sum_splits
 from sparsebert.kernels.tiles import Config, load_nm_tile, store_partial, store_tile, tile_edges
 
@@ -41,7 +42,9 @@ def _int8_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_previous(PDL)
     rows, row_mask, columns, column_mask = tile_edges(tokens, out_features, BLOCK_M, BLOCK_N)
     split = tl.program_id(2)
 
@@ -63,6 +66,7 @@ def _int8_linear_kernel(
         q = tl.load(q_ptrs + k, mask=column_mask[None, :] & inside[:, None], other=0)  # [BLOCK_K, BLOCK_N]
         accumulator = tl.dot(weight, q, accumulator, out_dtype=tl.int32)
 
+    release_next(PDL)
     if SPLIT_K > 1:
         store_partial(accumulator, y_ptr, split, rows, row_mask, columns, column_mask, tokens, out_features)
     else:
@@ -134,6 +138,7 @@ def int8_linear(
         SPLIT_K=config.split_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **launch_options(q),
         # Only where y is rounded to a whole number does it matter that it is rounded before.
         enable_fp_fusion=output_scale is None,
     )

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsebert.kernels.launch import await_previous, launch_options, release_next
 from sparsebert.kernels.tiles import activate, to_int8
 
 # Longest row that one program holds at once; longer ones are read twice.
@@ -34,7 +35,9 @@ def _quantize_rows_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     inner = tl.arange(0, BLOCK)
     first = _load(x_ptr, row, x_stride, inner, features, ACTIVATION)
@@ -56,6 +59,7 @@ def _quantize_rows_kernel(
         divisor = tl.where(tiny, 1.0, amax)
         inverse = tl.where(tiny, 0.0, tl.div_rn(127.0, divisor))
         scale = tl.where(tiny, 1.0, tl.div_rn(divisor, 127.0))
+    release_next(PDL)
     tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")))
     for block in tl.static_range(BLOCKS):
         columns = block * BLOCK + inner
@@ -88,6 +92,7 @@ def quantize_rows(x: Tensor, input_scale: Tensor | None = None, *, activation: s
         BLOCK=block,
         BLOCKS=max(1, triton.cdiv(features, block)),
         num_warps=max(1, min(8, block // 256)),
+        **launch_options(x),
         # The product has to be rounded before ``to_int8`` rounds it to a whole number.
         enable_fp_fusion=False,
     )

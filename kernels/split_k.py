@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsebert.kernels.launch import await_previous, launch_options, release_next
 from sparsebert.kernels.tiles import activate, to_int8
 
 BLOCK = 1024
@@ -27,7 +28,9 @@ def _sum_splits_kernel(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_previous(PDL)
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = places < count
     features = places % out_features
@@ -36,6 +39,7 @@ def _sum_splits_kernel(
     for _ in tl.static_range(SPLIT_K):
         total += tl.load(partials, mask=mask, other=0)
         partials += count
+    release_next(PDL)
     y = total.to(tl.float32)
     if SCALED:
         x_scale = tl.load(x_scale_ptr + places // out_features, mask=mask, other=0.0)
@@ -83,6 +87,7 @@ def sum_splits(
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         BLOCK=BLOCK,
+        **launch_options(y),
         enable_fp_fusion=output_scale is None,
     )
     return y
