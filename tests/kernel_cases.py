@@ -11,13 +11,21 @@ import torch
 
 from sparsebert.ops.devices import Device
 from sparsebert.ops.select import Problem, candidates
-from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSpec, NMSpec, Spec
+from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec, Spec
 
 # (out_features, in_features) of BERT-base's and BERT-large's layers.
 SHAPES = [(768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096)]
 TOKENS = [1, 16, 32, 128, 512, 4096, 16384]
 PATTERNS = [(2, 4), (1, 4), (2, 8), (4, 8), (1, 16), (3, 4)]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# (dtype, rank, tokens) that the low-rank kernel is compiled for.
+LOW_RANKS = [
+    ("fp16", 48, TOKENS),
+    ("fp16", 16, (1, 512)),
+    ("fp16", 128, (512,)),
+    ("bf16", 48, (1,)),
+    ("fp32", 48, (1,)),
+]
 # Bytes of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, table of technical
 # specifications), and streaming multiprocessors of one GPU with each: A100, L4, H200, B200, RTX 5090.
 DEVICES = {
@@ -32,7 +40,7 @@ DEVICES = {
 @dataclass(frozen=True)
 class Case:
     """``dots``: the dtype of a product of matrices on the tensor cores, or None; ``packed``: whether it reads packed
-    weights."""
+    weights; ``wide``: pointers that are all read 16 bytes at a time."""
 
     name: str
     kernel: str
@@ -42,6 +50,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     dots: str | None = None
     packed: bool = False
+    wide: tuple[str, ...] = ()
 
 
 def _sides(config: Any) -> dict[str, int]:
@@ -152,45 +161,65 @@ def bitmap_cases(arch: int, every: bool) -> Iterator[Case]:
 
 
 def low_rank_cases(arch: int, every: bool) -> Iterator[Case]:
-    """Each kind of S with every configuration in fp16, and with the first in bf16 and fp32."""
-    of_kind = {
-        "none": {},
-        "rows": {"order_ptr": "*i32"},
-        "nm": {"places_ptr": "*u8"},
-        "bitmap": {"places_ptr": "*u8", "row_offsets_ptr": "*i64"},
+    """Each kind of S, t computed inside and outside: at every number of tokens in fp16, at one in bf16, in fp32 and of
+    other ranks."""
+    kinds = {
+        "none": ((), {}),
+        "rows": ((1, 1, 600), {"order_ptr": "*i32"}),
+        "nm": ((2, 4, 0), {"places_ptr": "*u8"}),
+        "bitmap": ((1, 1, 200_000), {"places_ptr": "*u8", "row_offsets_ptr": "*i64"}),
     }
-    spec = LowRankSpec(48, 1024, 4096)
-    for name, dtype in DTYPES.items():
-        configs = _over(TOKENS, lambda tokens, dtype=dtype: configured(spec, arch, tokens, dtype, every))
-        for config in configs if name == "fp16" else configs[:1]:
-            for kind, own in of_kind.items():
-                own = own if kind == "none" else {"values_ptr": f"*{name}", **own}
-                optional = ("order_ptr", "values_ptr", "places_ptr", "row_offsets_ptr")
-                numbers = ("tokens", "in_features", "out_features", "rank", "x_stride", "count", "row_bytes")
-                yield Case(
-                    f"low_rank_sparse_linear {kind} {name} {'x'.join(map(str, config))}",
-                    "low_rank_sparse_linear:_low_rank_sparse_linear_kernel",
-                    {
-                        **dict.fromkeys(("x_ptr", "t_ptr", "u_ptr", "bias_ptr", "y_ptr"), f"*{name}"),
-                        **own,
-                        **dict.fromkeys(numbers, "i32"),
-                    },
-                    {
-                        **{pointer: None for pointer in optional if pointer not in own},
-                        "SPARSE": kind,
-                        "KEEP": 2,
-                        "GROUP": 4,
-                        "BITS": 2,
-                        "HAS_BIAS": True,
-                        "ACTIVATION": "gelu",
-                        **_sides(config),
-                        "BLOCK_R": config.block_r,
-                    },
-                    ("in_features", "out_features", "x_stride", "rank", "row_bytes"),
-                    _options(config),
-                    dots=None if name == "fp32" else name,
-                    packed=kind in ("rows", "nm"),
-                )
+    pointers = ("x_ptr", "u_ptr", "v_ptr", "t_ptr", "order_ptr", "values_ptr", "places_ptr", "row_offsets_ptr")
+    numbers = ("tokens", "in_features", "out_features", "rank", "x_stride", "count", "row_bytes")
+    seen = set()
+    for (kind, (sizes, own)), (name, rank, counts) in product(kinds.items(), LOW_RANKS):
+        dtype = DTYPES[name]
+        spec: Any = LowRankSpec(rank, 1024, 4096)
+        if kind != "none":
+            spec = LowRankSparseSpec(rank, kind, *sizes, 1024, 4096)
+            own = {"values_ptr": f"*{name}", **own}
+        layout = "grouped" if kind == "rows" else "neutral"
+        for config in _over(
+            counts,
+            lambda tokens, spec=spec, dtype=dtype, layout=layout: _of_either_choice(
+                configured(spec, arch, tokens, dtype, True, layout), every
+            ),
+        ):
+            if (kind, name, config) in seen:
+                continue
+            seen.add((kind, name, config))
+            given = {
+                **dict.fromkeys(("x_ptr", "u_ptr", "v_ptr", "bias_ptr", "y_ptr"), f"*{name}"),
+                **({} if config.inside else {"t_ptr": f"*{name}"}),
+                **own,
+            }
+            factors = ("u_ptr", "v_ptr") if config.inside else ("u_ptr",)
+            yield Case(
+                f"low_rank_sparse_linear {kind} {name} {'x'.join(map(str, config))}",
+                "low_rank_sparse_linear:_low_rank_sparse_linear_kernel",
+                {**given, **dict.fromkeys(numbers, "i32")},
+                {
+                    **{pointer: None for pointer in pointers if pointer not in given},
+                    "INSIDE": config.inside,
+                    "SPARSE": kind,
+                    "KEEP": 2,
+                    "GROUP": 4,
+                    "BITS": 2,
+                    "HAS_BIAS": True,
+                    "ACTIVATION": "gelu",
+                    **_sides(config),
+                    "BLOCK_R": config.block_r,
+                },
+                ("in_features", "out_features", "x_stride", "rank", "row_bytes"),
+                _options(config),
+                dots=None if name == "fp32" else name,
+                wide=(*factors, "values_ptr") if kind in ("rows", "nm") else factors,
+            )
+
+
+def _of_either_choice(configs: list[Any], every: bool) -> list[Any]:
+    """The best with t inside, where there is one, and the best without, or all."""
+    return configs if every else list({config.inside: config for config in reversed(configs)}.values())
 
 
 def int8_cases(arch: int, every: bool) -> Iterator[Case]:

@@ -4,6 +4,7 @@ memory, without spills, on the tensor cores, packed weights 16 bytes at a time."
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,9 @@ def test_every_configuration_compiles(arch):
             product = PRODUCTS.get(arch, ("HMMA", "IMMA"))[case.dots == "int8"]
             if not found.count(product):
                 wrong.append(f"{case.name}: no {product}")
+        for pointer in case.wide:
+            if 16 not in (loads := found.loaded_bytes(kernel_of(case), pointer)):
+                wrong.append(f"{case.name}: {pointer} is read {loads} bytes at a time, expected 16")
         if case.packed and not any(found.count(load) for load in LOADS):
             wrong.append(f"{case.name}: no load of 16 bytes")
     assert not wrong, "\n".join(wrong)
@@ -42,7 +46,10 @@ def test_quantizing_divides_as_ieee_has_it_and_rounds_the_product_first():
         assert "fma.rn" not in ptx and ".ftz" not in ptx, case.name
 
 
-def compile_case(case: Case, arch: int) -> Compiled:
+def kernel_of(case: Case) -> Any:
     module, _, name = case.kernel.partition(":")
-    kernel = getattr(importlib.import_module(f"sparsebert.kernels.{module}"), name)
-    return compile_for(kernel, case.arguments, case.constants, arch, divisible=case.divisible, **case.options)
+    return getattr(importlib.import_module(f"sparsebert.kernels.{module}"), name)
+
+
+def compile_case(case: Case, arch: int) -> Compiled:
+    return compile_for(kernel_of(case), case.arguments, case.constants, arch, divisible=case.divisible, **case.options)

@@ -13,10 +13,9 @@ from sparsebert.ops import (
     bitmap_linear,
     int8_linear,
     layouts,
-    low_rank_linear,
     low_rank_sparse,
-    low_rank_sparse_linear,
     nm_linear,
+    select,
 )
 from sparsebert.ops.activations import ACTIVATIONS
 from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec
@@ -102,10 +101,20 @@ def test_bitmap_linear_against_float64(density, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("kind", "layout"), [("none", "neutral"), ("rows", "grouped"), ("nm", "neutral"), ("bitmap", "neutral")], ids=str
+    ("kind", "layout"),
+    [
+        ("none", "neutral"),
+        ("none", "padded"),
+        ("rows", "grouped"),
+        ("nm", "neutral"),
+        ("nm", "padded"),
+        ("bitmap", "neutral"),
+        ("bitmap", "padded"),
+    ],
+    ids=str,
 )
 def test_low_rank_against_float64(kind, layout, dtype):
-    """From the same t = x vᵀ, which torch computes, at most twice the error of torch's sequence."""
+    """At most twice the error of torch's sequence, u (v x) + S x + b, with t inside and outside."""
     for out_features, in_features in SIZES:
         rank = max(1, in_features // 20)
         u = torch.randn(out_features, rank, device="cuda", dtype=dtype)
@@ -117,27 +126,30 @@ def test_low_rank_against_float64(kind, layout, dtype):
             s = s * (torch.rand(out_features, 1 if kind == "rows" else in_features) < 0.15)
         s = s.to("cuda", dtype)
         if kind == "none":
-            sizes, weight, op = LowRankSpec(rank, in_features, out_features)._asdict(), [u, v], low_rank_linear
+            spec, neutral = LowRankSpec(rank, in_features, out_features), [u, v]
             s.zero_()
         else:
             count = {"rows": int(s.any(1).sum()), "bitmap": int(s.count_nonzero()), "nm": 0}[kind]
             n, m = (2, 4) if kind == "nm" else (1, 1)
             spec = LowRankSparseSpec(rank, kind, n, m, count, in_features, out_features)
             neutral = [u, v, *low_rank_sparse.pack_sparse(s, spec)]
-            weight = layouts.get(low_rank_sparse.OP, layout).from_neutral(neutral, spec, dtype)
-            sizes, op = spec._asdict(), low_rank_sparse_linear
+        weight = layouts.get(spec.op, layout).from_neutral(neutral, spec, dtype)
+        (kernel,) = (found for found in select.candidates(spec.op, layout) if found.backend == "triton")
         bias = torch.randn(out_features, device="cuda", dtype=dtype)
-        for tokens in TOKENS:
-            x = torch.randn(tokens, in_features, device="cuda", dtype=dtype)
-            t = F.linear(x, v)
-            for activation, act in ACTIVATIONS.items():
-                poison(tokens, out_features, dtype)
-                with sb.backend("triton"):
-                    y = op(x, weight, bias, layout=layout, activation=activation, **sizes)
-                exact = act(t.double() @ u.double().t() + x.double() @ s.double().t() + bias.double())
-                theirs = act(F.linear(t, u, bias) + F.linear(x, s)).double()
-                bound = 2 * (theirs - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
-                assert (y.double() - exact).abs().max() <= bound, (tokens, activation)
+        x = torch.randn(max(TOKENS), in_features, device="cuda", dtype=dtype)
+        for activation, act in ACTIVATIONS.items():
+            exact = act(x.double() @ v.double().t() @ u.double().t() + x.double() @ s.double().t() + bias.double())
+            theirs = act(F.linear(F.linear(x, v), u, bias) + F.linear(x, s)).double()
+            bound = 2 * (theirs - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+            for tokens in TOKENS:
+                problem = select.problem_of(spec, layout, x[:tokens], activation)
+                # The best with t inside, where rank and shared memory allow it, and the best without.
+                configs = {config.inside: config for config in reversed(kernel.configurations(problem))}
+                assert rank > 64 or tokens > 64 or len(configs) == 2
+                for config in configs.values():
+                    poison(tokens, out_features, dtype)
+                    y = kernel.run(x[:tokens], weight, bias, problem, configuration=config)
+                    assert (y.double() - exact[:tokens]).abs().max() <= bound, config
 
 
 @pytest.mark.parametrize("features", [1, 7, 768, 3072, 9000])
