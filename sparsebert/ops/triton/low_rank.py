@@ -32,16 +32,16 @@ PADDED = "padded"
 # Of a low-rank weight plus whole rows: the rows and the features without one, each in a block of its own.
 GROUPED = "grouped"
 _RANK_MULTIPLE = 16
-# The sums of a rank inside the kernel take registers beside those of y.
-_MOST_INSIDE = 128
+# Of the ranks that t is computed for inside the kernel, in x's dtype: their sums take registers beside those of y.
+_MOST_INSIDE_BYTES = 256
 
 
 def _spills(config: Config, sparse: str, itemsize: int) -> bool:
     """What ptxas found for compute capabilities 8.0 to 12.0."""
-    if sparse == "bitmap":
+    if itemsize == 4 or sparse == "bitmap":
         wide = config.block_m > 64 or config.block_r > 64
     else:
-        wide = sparse == "rows" and config.block_k * itemsize > 128
+        wide = sparse == "rows" and config.block_k > 64
     return config.inside and wide
 
 
@@ -56,7 +56,7 @@ def configurations(problem: Problem) -> Sequence[Config]:
     sparse = getattr(spec, "sparse", "none")
     block_m = 64 if block_n < 64 or itemsize == 4 or sparse == "bitmap" else 128
     inside = [spec.rank <= 64 and problem.tokens <= 64]
-    if power_of_two(spec.rank) <= _MOST_INSIDE:
+    if power_of_two(spec.rank) * itemsize <= _MOST_INSIDE_BYTES:
         inside.append(not inside[0])
 
     def found() -> Iterator[Config]:
