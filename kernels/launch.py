@@ -1,8 +1,8 @@
 """Programmatic dependent launch (PDL): a kernel begins while the one ahead of it in the stream still ends.
 
-With SPARSEBERT_PDL=1 the package's kernels are launched so on GPUs from compute capability 9.0, also inside CUDA graphs.
-Each waits for the whole of the kernel ahead before it touches memory that another kernel may write or read, so results
-are the same; what overlaps is the launch and the addresses. Off until it has been measured.
+With SPARSEBERT_PDL=1 the package's kernels are launched so on GPUs from compute capability 9.0, inside CUDA graphs too.
+Each waits for the whole of the kernel ahead before it reads or writes anything, so results are the same; what overlaps
+is the launch. Off until it has been measured.
 """
 
 from __future__ import annotations

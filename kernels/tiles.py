@@ -112,7 +112,7 @@ def load_nm_tile(
             BLOCK_K,
         )
     else:
-        return _load_by_comparing(
+        return _load_by_shifting(
             values_ptr,
             positions_ptr,
             rows,
@@ -201,15 +201,7 @@ def _load_by_permuting(
         pairs = tl.permute(tl.reshape(dense, (BLOCK_M, GROUPS, 2, WORDS)), (0, 1, 3, 2))
         even, odd = tl.split(pairs)
         dense = even | odd
-    ELEMENT: tl.constexpr = values_ptr.dtype.element_ty
-    if WIDTH == 16:
-        low, high = dense.to(tl.uint16), (dense >> 16).to(tl.uint16)
-        dense = tl.join(low.to(ELEMENT, bitcast=True), high.to(ELEMENT, bitcast=True))
-    else:
-        even = tl.join(dense.to(tl.int8), (dense >> 16).to(tl.int8))
-        odd = tl.join((dense >> 8).to(tl.int8), (dense >> 24).to(tl.int8))
-        dense = tl.join(even, odd)
-    return tl.reshape(dense, (BLOCK_M, BLOCK_K))
+    return _elements(dense, values_ptr.dtype.element_ty, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
@@ -230,7 +222,7 @@ def permute_bytes(values, selectors):
 
 
 @triton.jit
-def _load_by_comparing(
+def _load_by_shifting(
     values_ptr,
     positions_ptr,
     rows,
@@ -244,72 +236,49 @@ def _load_by_comparing(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``load_nm_tile`` for any pattern and dtype: each value at each place of its group where its position is that."""
-    GROUPS: tl.constexpr = BLOCK_K // GROUP
-    if KEEP & (KEEP - 1) == 0:
-        SLOTS: tl.constexpr = KEEP
-        COLUMNS: tl.constexpr = GROUPS * KEEP
-        PER_BYTE: tl.constexpr = 8 // BITS
-        columns = first_column // GROUP * KEEP + tl.arange(0, COLUMNS)
-        # A byte holds several positions: load each once, then take it apart.
-        first_byte = first_column // GROUP * KEEP // PER_BYTE
-        bytes_ = first_byte + tl.arange(0, COLUMNS // PER_BYTE)
-        packed = tl.load(
-            positions_ptr + rows[:, None] * position_bytes + bytes_[None, :],
-            mask=row_mask[:, None] & (bytes_ < position_bytes)[None, :],
-            other=0,
-        )  # [BLOCK_M, COLUMNS / PER_BYTE]
-        shifts = (tl.arange(0, PER_BYTE) * BITS)[None, None, :]
-        places = (packed[:, :, None].to(tl.int32) >> shifts) & ((1 << BITS) - 1)
-        mask = (columns < kept)[None, :]
+    """``load_nm_tile`` for any pattern and dtype, slot by slot: its value is shifted to its place in a register of 4, 2
+    elements or one, and goes into the register of the group that its position names."""
+    WIDTH: tl.constexpr = values_ptr.dtype.element_ty.primitive_bitwidth
+    IN_WORD: tl.constexpr = 32 // WIDTH
+    # Groups that are smaller than a register are taken together.
+    SPAN: tl.constexpr = GROUP if GROUP > IN_WORD else IN_WORD
+    SPANS: tl.constexpr = BLOCK_K // SPAN
+    WORDS: tl.constexpr = SPAN // IN_WORD
+    SLOTS: tl.constexpr = SPAN // GROUP * KEEP
+    if WIDTH == 32:
+        bits_ptr = values_ptr.to(tl.pointer_type(tl.uint32))
+    elif WIDTH == 16:
+        bits_ptr = values_ptr.to(tl.pointer_type(tl.uint16))
     else:
-        # Tiles have powers of two as sides: the slots above KEEP hold nothing.
-        SLOTS: tl.constexpr = triton.next_power_of_2(KEEP)  # type: ignore[no-redef]
-        COLUMNS: tl.constexpr = GROUPS * SLOTS  # type: ignore[no-redef]
-        slots = tl.arange(0, COLUMNS)
-        columns = (first_column // GROUP + slots // SLOTS) * KEEP + slots % SLOTS
-        mask = ((columns < kept) & (slots % SLOTS < KEEP))[None, :]
+        bits_ptr = values_ptr.to(tl.pointer_type(tl.uint8))
+    spans = first_column // SPAN + tl.arange(0, SPANS)
+    words = tl.arange(0, WORDS)[None, None, :]
+    dense = tl.zeros((BLOCK_M, SPANS, WORDS), dtype=tl.uint32)
+    for slot in tl.static_range(SLOTS):
+        columns = spans * SLOTS + slot
+        mask = row_mask[:, None] & (columns < kept)[None, :]
+        values = tl.load(bits_ptr + rows[:, None].to(tl.int64) * kept + columns[None, :], mask=mask, other=0)
         bits = columns * BITS
-        packed = tl.load(
-            positions_ptr + rows[:, None] * position_bytes + (bits // 8)[None, :],
-            mask=row_mask[:, None] & mask,
-            other=0,
-        )
-        places = (packed.to(tl.int32) >> (bits % 8)[None, :]) & ((1 << BITS) - 1)
-    values = tl.load(
-        values_ptr + rows[:, None].to(tl.int64) * kept + columns[None, :], mask=row_mask[:, None] & mask, other=0.0
-    )  # [BLOCK_M, COLUMNS]
-    values = tl.reshape(values, (BLOCK_M, GROUPS, SLOTS))
-    places = tl.reshape(places, (BLOCK_M, GROUPS, SLOTS))
-    inside = tl.arange(0, GROUP)[None, None, :]
-    if SLOTS == 1:
-        dense = _place(tl.reshape(values, (BLOCK_M, GROUPS)), tl.reshape(places, (BLOCK_M, GROUPS)), inside)
-    elif SLOTS == 2:
-        # Apart at once, where a sum over the slots would pass them from thread to thread.
-        dense = _place_two(values, places, inside)
-    elif SLOTS == 4:
-        even, odd = tl.split(tl.reshape(values, (BLOCK_M, GROUPS, 2, 2)))
-        even_places, odd_places = tl.split(tl.reshape(places, (BLOCK_M, GROUPS, 2, 2)))
-        dense = _place_two(even, even_places, inside) + _place_two(odd, odd_places, inside)
+        packed = tl.load(positions_ptr + rows[:, None] * position_bytes + (bits // 8)[None, :], mask=mask, other=0)
+        places = ((packed.to(tl.int32) >> (bits % 8)[None, :]) & ((1 << BITS) - 1)) + slot // KEEP * GROUP
+        shifted = values.to(tl.uint32) << (places % IN_WORD * WIDTH).to(tl.uint32)
+        dense |= tl.where((places // IN_WORD)[:, :, None] == words, shifted[:, :, None], 0)
+    return _elements(dense, values_ptr.dtype.element_ty, BLOCK_M, BLOCK_K)
+
+
+@triton.jit
+def _elements(words, ELEMENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The 4, 2 elements or one of each uint32, in order: [BLOCK_M, ., .] -> [BLOCK_M, BLOCK_K]."""
+    if ELEMENT.primitive_bitwidth == 32:
+        return tl.reshape(words, (BLOCK_M, BLOCK_K)).to(ELEMENT, bitcast=True)
+    elif ELEMENT.primitive_bitwidth == 16:
+        low, high = words.to(tl.uint16), (words >> 16).to(tl.uint16)
+        pairs = tl.join(low.to(ELEMENT, bitcast=True), high.to(ELEMENT, bitcast=True))
+        return tl.reshape(pairs, (BLOCK_M, BLOCK_K))
     else:
-        here = places[:, :, :, None] == inside[:, :, None, :]
-        # One term of each sum is the weight and the others are zero; what is masked is zero wherever it lands.
-        dense = tl.sum(tl.where(here, values[:, :, :, None], 0).to(values.dtype), axis=2)
-    return tl.reshape(dense.to(values_ptr.dtype.element_ty), (BLOCK_M, BLOCK_K))
-
-
-@triton.jit
-def _place_two(values, places, inside):
-    """Two values of each group, [M, GROUPS, 2]; at most one of the addends is not zero."""
-    first, second = tl.split(values)
-    first_places, second_places = tl.split(places)
-    return _place(first, first_places, inside) + _place(second, second_places, inside)
-
-
-@triton.jit
-def _place(values, places, inside):
-    """One value of each group at its place, the rest of the group zero: [M, GROUPS] -> [M, GROUPS, GROUP]."""
-    return tl.where(places[:, :, None] == inside, values[:, :, None], 0).to(values.dtype)
+        even = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
+        odd = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
+        return tl.reshape(tl.join(even, odd), (BLOCK_M, BLOCK_K))
 
 
 @triton.jit

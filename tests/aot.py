@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,47 @@ class Compiled:
     def count(self, opcode: str) -> int:
         """How many instructions begin with ``opcode``, such as ``HGMMA`` or ``LDG.E.128``."""
         return len(re.findall(rf"(?m)^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?{re.escape(opcode)}", self.sass))
+
+    def loop(self, opcode: str) -> list[str]:
+        """The opcodes of the longest loop that has one beginning with ``opcode``."""
+        opcodes: list[str] = []
+        labels: dict[str, int] = {}
+        loops: list[list[str]] = []
+        for line in self.sass.splitlines():
+            if label := re.match(r"\s*(\.L_x_\d+):", line):
+                labels[label[1]] = len(opcodes)
+            elif found := re.match(r"\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b(.*);", line):
+                opcodes.append(found[1])
+                target = re.search(r"\.L_x_\d+", found[2])
+                if found[1].startswith("BRA") and target and target[0] in labels:
+                    loops.append(opcodes[labels[target[0]] :])
+        return max((loop for loop in loops if any(o.startswith(opcode) for o in loop)), key=len, default=[])
+
+    def loaded_bytes(self, kernel: Any, pointer: str) -> set[int]:
+        """How many bytes a thread loads at a time where the source of ``kernel`` passes ``pointer``."""
+        lines, first = inspect.getsourcelines(kernel.fn)
+        here = {
+            (Path(inspect.getsourcefile(kernel.fn) or "").name, first - 1 + line)
+            for node in ast.walk(ast.parse(textwrap.dedent("".join(lines))))
+            if isinstance(node, ast.Call) and any(isinstance(a, ast.Name) and a.id == pointer for a in _passed(node))
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        }
+        found, places = set(), set()
+        for line in self.ptx.splitlines():
+            if ".loc" in line:
+                # A place and, of what was inlined, those it was called from.
+                places = {(file, int(number)) for file, number in re.findall(r"(\w+\.py):(\d+):", line)}
+            elif places & here:
+                if copied := re.search(r"cp\.async\.c[ag]\.shared\.global .*?, (0x\w+)", line):
+                    found.add(int(copied[1], 16))
+                elif loaded := re.search(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+) ", line):
+                    found.add(int(loaded[1] or 1) * int(loaded[2]) // 8)
+        return found
+
+
+def _passed(call: ast.Call) -> list[ast.AST]:
+    """What a call is given, and the ends of sums among it: ``u_ptr`` of ``load(u_ptr + places)``."""
+    return [node for argument in call.args for node in ast.walk(argument) if not isinstance(argument, ast.Call)]
 
 
 def compile_for(

@@ -11,13 +11,24 @@ import torch
 
 from sparsebert.ops.devices import Device
 from sparsebert.ops.select import Problem, candidates
-from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSpec, NMSpec, Spec
+from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec, Spec
 
 # (out_features, in_features) of BERT-base's and BERT-large's layers.
 SHAPES = [(768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096)]
 TOKENS = [1, 16, 32, 128, 512, 4096, 16384]
-PATTERNS = [(2, 4), (1, 4), (2, 8), (4, 8), (1, 16), (3, 4)]
+PATTERNS = [(2, 4), (1, 4), (2, 8), (4, 8), (1, 16), (7, 16)]
+MORE_PATTERNS = [(1, 2), (3, 4), (1, 8), (7, 8), (15, 16)]
+# Those whose values are read as they lie; of others each slot is read by itself.
+BY_PERMUTING = [(2, 4), (1, 4), (2, 8), (4, 8)]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# (dtype, rank, tokens) that the low-rank kernel is compiled for.
+LOW_RANKS = [
+    ("fp16", 48, TOKENS),
+    ("fp16", 16, (1, 512)),
+    ("fp16", 128, (512,)),
+    ("bf16", 48, (1,)),
+    ("fp32", 48, (1,)),
+]
 # Bytes of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, table of technical
 # specifications), and streaming multiprocessors of one GPU with each: A100, L4, H200, B200, RTX 5090.
 DEVICES = {
@@ -32,7 +43,7 @@ DEVICES = {
 @dataclass(frozen=True)
 class Case:
     """``dots``: the dtype of a product of matrices on the tensor cores, or None; ``packed``: whether it reads packed
-    weights."""
+    weights; ``wide``: pointers that are all read 16 bytes at a time."""
 
     name: str
     kernel: str
@@ -42,6 +53,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     dots: str | None = None
     packed: bool = False
+    wide: tuple[str, ...] = ()
 
 
 def _sides(config: Any) -> dict[str, int]:
@@ -79,6 +91,15 @@ def cases(arch: int, every: bool = False) -> Iterator[Case]:
     yield from low_rank_cases(arch, every)
     yield from quantize_cases()
     yield from split_cases()
+
+
+def few(found: Iterable[Case]) -> list[Case]:
+    """Of each kernel and kind of weight, in fp16 where it takes floats, the first and the last: few and many tokens."""
+    of_kind: dict[str, list[Case]] = {}
+    for case in found:
+        if case.dots in (None, "fp16", "int8") and "fp32 " not in case.name:
+            of_kind.setdefault(case.name.rpartition(" ")[0], []).append(case)
+    return [case for several in of_kind.values() for case in (several[0], *several[1:][-1:])]
 
 
 def split_cases() -> Iterator[Case]:
@@ -174,56 +195,80 @@ def bitmap_cases(arch: int, every: bool) -> Iterator[Case]:
 
 
 def low_rank_cases(arch: int, every: bool) -> Iterator[Case]:
-    """Each kind of S with every configuration in fp16, and with the first in bf16 and fp32."""
-    of_kind = {
-        "none": {},
-        "rows": {"order_ptr": "*i32"},
-        "nm": {"places_ptr": "*u8"},
-        "bitmap": {"places_ptr": "*u8", "row_offsets_ptr": "*i64"},
+    """Each kind of S, t computed inside and outside: at every number of tokens in fp16, at one in bf16, in fp32 and of
+    other ranks."""
+    kinds = {
+        "none": ((), {}),
+        "rows": ((1, 1, 600), {"order_ptr": "*i32"}),
+        "nm": ((2, 4, 0), {"places_ptr": "*u8"}),
+        "bitmap": ((1, 1, 200_000), {"places_ptr": "*u8", "row_offsets_ptr": "*i64"}),
     }
-    spec = LowRankSpec(48, 1024, 4096)
-    for name, dtype in DTYPES.items():
-        configs = _over(TOKENS, lambda tokens, dtype=dtype: configured(spec, arch, tokens, dtype, every))
-        for config in configs if name == "fp16" else configs[:1]:
-            for kind, own in of_kind.items():
-                own = own if kind == "none" else {"values_ptr": f"*{name}", **own}
-                optional = ("order_ptr", "values_ptr", "places_ptr", "row_offsets_ptr")
-                numbers = ("tokens", "in_features", "out_features", "rank", "x_stride", "count", "row_bytes")
-                yield Case(
-                    f"low_rank_sparse_linear {kind} {name} {'x'.join(map(str, config))}",
-                    "low_rank_sparse_linear:_low_rank_sparse_linear_kernel",
-                    {
-                        **dict.fromkeys(("x_ptr", "t_ptr", "u_ptr", "bias_ptr", "y_ptr"), f"*{name}"),
-                        **own,
-                        **dict.fromkeys(numbers, "i32"),
-                    },
-                    {
-                        **{pointer: None for pointer in optional if pointer not in own},
-                        "SPARSE": kind,
-                        "KEEP": 2,
-                        "GROUP": 4,
-                        "BITS": 2,
-                        "HAS_BIAS": True,
-                        "ACTIVATION": "gelu",
-                        **_sides(config),
-                        "BLOCK_R": config.block_r,
-                    },
-                    ("in_features", "out_features", "x_stride", "rank", "row_bytes"),
-                    _options(config),
-                    dots=None if name == "fp32" else name,
-                    packed=kind in ("rows", "nm"),
-                )
+    pointers = ("x_ptr", "u_ptr", "v_ptr", "t_ptr", "order_ptr", "values_ptr", "places_ptr", "row_offsets_ptr")
+    numbers = ("tokens", "in_features", "out_features", "rank", "x_stride", "count", "row_bytes")
+    seen = set()
+    for (kind, (sizes, own)), (name, rank, counts) in product(kinds.items(), LOW_RANKS):
+        dtype = DTYPES[name]
+        spec: Any = LowRankSpec(rank, 1024, 4096)
+        if kind != "none":
+            spec = LowRankSparseSpec(rank, kind, *sizes, 1024, 4096)
+            own = {"values_ptr": f"*{name}", **own}
+        layout = "grouped" if kind == "rows" else "neutral"
+        for config in _over(
+            counts,
+            lambda tokens, spec=spec, dtype=dtype, layout=layout: _of_either_choice(
+                configured(spec, arch, tokens, dtype, True, layout), every
+            ),
+        ):
+            if (kind, name, config) in seen:
+                continue
+            seen.add((kind, name, config))
+            given = {
+                **dict.fromkeys(("x_ptr", "u_ptr", "v_ptr", "bias_ptr", "y_ptr"), f"*{name}"),
+                **({} if config.inside else {"t_ptr": f"*{name}"}),
+                **own,
+            }
+            factors = ("u_ptr", "v_ptr") if config.inside else ("u_ptr",)
+            yield Case(
+                f"low_rank_sparse_linear {kind} {'inside' if config.inside else 'outside'} {name} "
+                f"{'x'.join(map(str, config))}",
+                "low_rank_sparse_linear:_low_rank_sparse_linear_kernel",
+                {**given, **dict.fromkeys(numbers, "i32")},
+                {
+                    **{pointer: None for pointer in pointers if pointer not in given},
+                    "INSIDE": config.inside,
+                    "SPARSE": kind,
+                    "KEEP": 2,
+                    "GROUP": 4,
+                    "BITS": 2,
+                    "HAS_BIAS": True,
+                    "ACTIVATION": "gelu",
+                    **_sides(config),
+                    "BLOCK_R": config.block_r,
+                },
+                ("in_features", "out_features", "x_stride", "rank", "row_bytes"),
+                _options(config),
+                dots=None if name == "fp32" else name,
+                # Of fp32 at n:m each slot is read by itself.
+                wide=(*factors, "values_ptr") if kind == "rows" or (kind, name) == ("nm", "fp16") else factors,
+            )
+
+
+def _of_either_choice(configs: list[Any], every: bool) -> list[Any]:
+    """The best with t inside, where there is one, and the best without, or all."""
+    return configs if every else list({config.inside: config for config in reversed(configs)}.values())
 
 
 def int8_cases(arch: int, every: bool) -> Iterator[Case]:
-    """Each configuration once with a dense weight and once at 2:4, and the first of those without splits once more with
-    an int8 result."""
-    for n, m in ((1, 1), (2, 4)):
+    """Each configuration once with a dense weight and once at 2:4, other patterns with the first and the last; and one
+    without splits once more with an int8 result."""
+    for n, m in [(1, 1), *PATTERNS, *MORE_PATTERNS] if every else [(1, 1), (2, 4), (7, 16)]:
         specs = [Int8Spec("dynamic", n, m, in_features, out_features) for out_features, in_features in SHAPES]
         found = [configured(spec, arch, tokens, torch.float16, every) for spec, tokens in product(specs, TOKENS)]
         configs = list(dict.fromkeys(chain.from_iterable(found)))
-        whole = next(config for config in configs if config.split_k == 1)
-        for config, again in [*((config, False) for config in configs), (whole, True)]:
+        if (n, m) not in ((1, 1), (2, 4)):
+            configs = [configs[0], configs[-1]]
+        whole = [config for config in configs if config.split_k == 1][:1] if m in (1, 4) and n < 3 else []
+        for config, again in [*((config, False) for config in configs), *((config, True) for config in whole)]:
             pointers = {"q_ptr": "*i8", "values_ptr": "*i8", "x_scale_ptr": "*fp32", "scale_ptr": "*fp32"}
             output = {"output_scale_ptr": "*fp32", "y_scale_ptr": "*fp32"}
             numbers = ("tokens", "in_features", "out_features", "kept", "position_bytes")
@@ -244,7 +289,7 @@ def int8_cases(arch: int, every: bool) -> Iterator[Case]:
                     **({} if again else dict.fromkeys(output)),
                     "KEEP": n,
                     "GROUP": m,
-                    "BITS": 2,
+                    "BITS": 2 if m <= 4 else 4,
                     "HAS_BIAS": True,
                     "ACTIVATION": "none" if again else "gelu",
                     **_sides(config),
@@ -253,7 +298,7 @@ def int8_cases(arch: int, every: bool) -> Iterator[Case]:
                 ("in_features", "out_features", "kept", "position_bytes"),
                 _options(config) | ({"enable_fp_fusion": False} if again else {}),
                 dots="int8",
-                packed=True,
+                packed=(n, m) in BY_PERMUTING or m == 1,
             )
 
 
@@ -263,7 +308,7 @@ def nm_cases(arch: int, every: bool) -> Iterator[Case]:
     for name, dtype in DTYPES.items():
         # Patterns differ alike in every dtype.
         for (n, m), (out_features, in_features), tokens in product(
-            PATTERNS if name == "fp16" else PATTERNS[:2], SHAPES, TOKENS
+            PATTERNS + MORE_PATTERNS * every if name == "fp16" else PATTERNS[:2], SHAPES, TOKENS
         ):
             for config in configured(NMSpec(n, m, in_features, out_features), arch, tokens, dtype, every):
                 if {(name, config), (name, n, m)} <= seen:
@@ -293,6 +338,5 @@ def nm_cases(arch: int, every: bool) -> Iterator[Case]:
                     _options(config),
                     # fp32 is multiplied in full, not as tf32: without tensor cores.
                     dots=None if name == "fp32" else name,
-                    # Other patterns are gathered slot by slot.
-                    packed=not n & (n - 1),
+                    packed=(n, m) in BY_PERMUTING and name != "fp32",
                 )

@@ -49,6 +49,14 @@ LEAD = (
     "dense",
 )
 
+TRITON_LAYOUTS = {
+    "low-rank": "padded",
+    "factors+2:4": "padded",
+    "factors+bitmap": "padded",
+    "rows": "grouped",
+    "rows-0": "grouped",
+}
+
 
 class Made(NamedTuple):
     """A weight ``(out, in)`` that obeys ``config``, its factors, its neutral tensors, and ``exact``, in float64 the
@@ -118,6 +126,12 @@ def layouts_of(kind: str) -> list[str]:
 
 def pairs(*kinds: str, without: tuple[str, ...] = ()) -> list[tuple[str, str]]:
     return [(kind, layout) for kind in kinds for layout in layouts_of(kind) if layout not in without]
+
+
+def computed_pairs(*kinds: str, without: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """``pairs`` and those with a layout of Triton's, which a CPU is refused and computes in for tests alone."""
+    more = [(kind, TRITON_LAYOUTS[kind]) for kind in kinds if kind in TRITON_LAYOUTS]
+    return list(dict.fromkeys(pairs(*kinds, without=without) + more))
 
 
 def held(made: Made, layout: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from sparsebert.ops import layout_choice, layouts, measurements, select
 from sparsebert.ops.devices import Device
-from sparsebert.ops.specs import BitmapSpec, NMSpec
+from sparsebert.ops.specs import BitmapSpec, LowRankSparseSpec, LowRankSpec, NMSpec
 
 SPEC = NMSpec(2, 4, 768, 3072)
 CPU = torch.device("cpu")
@@ -118,6 +118,58 @@ def test_sparse_tensor_core_layouts_say_why(monkeypatch, spec, dtype, capability
     monkeypatch.setattr(torch_sparse, "describe", lambda device: Device("cuda", "a GPU", capability))
     for name in ("cusparselt", "cutlass"):
         assert text in layouts.get("nm_linear", name).supports(spec, dtype, CUDA)
+
+
+@pytest.mark.parametrize(
+    ("spec", "layout"),
+    [
+        (LowRankSpec(5, 768, 768), "padded"),
+        (LowRankSpec(48, 768, 768), "neutral"),
+        (LowRankSparseSpec(48, "rows", 1, 1, 9, 768, 768), "grouped"),
+        (LowRankSparseSpec(5, "nm", 2, 4, 0, 768, 768), "padded"),
+        (LowRankSparseSpec(5, "bitmap", 1, 1, 9, 768, 768), "padded"),
+        (LowRankSparseSpec(48, "nm", 2, 4, 0, 768, 768), "neutral"),
+    ],
+    ids=str,
+)
+def test_what_a_gpu_holds_low_rank_in(monkeypatch, spec, layout):
+    """Triton's layouts where Triton runs, else those of torch."""
+    from sparsebert.ops.triton import low_rank
+
+    for capability, expected in (((9, 0), layout), ((7, 5), "stacked" if layout == "grouped" else "neutral")):
+        gpu = Device("cuda", "a GPU", capability)
+        monkeypatch.setattr(low_rank, "describe", lambda device, gpu=gpu: gpu)
+        monkeypatch.setattr(measurements, "describe", lambda device, gpu=gpu: gpu)
+        assert layout_choice.best(spec, torch.float16, CUDA) == (expected, "default", "not measured here")
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        (LowRankSpec(5, 768, 768), "needs a CUDA device, not cpu"),
+        (LowRankSpec(48, 768, 768), "is the neutral layout of a rank that is a multiple of 16"),
+        (LowRankSparseSpec(48, "nm", 2, 4, 0, 768, 768), "is the neutral layout of a rank that is a multiple of 16"),
+        (LowRankSparseSpec(5, "rows", 1, 1, 9, 768, 768), "needs a sparse part of nm or bitmap, not rows"),
+    ],
+    ids=str,
+)
+def test_padded_says_why_not(spec, text):
+    assert text in layouts.get(spec.op, "padded").supports(spec, torch.float16, CPU)
+
+
+@pytest.mark.parametrize("rank", [1, 15, 16, 17])
+@pytest.mark.parametrize("sparse", [None, "rows"])
+def test_padded_factors_come_back_in_memory_of_their_own(rank, sparse):
+    spec = LowRankSparseSpec(rank, "rows", 1, 1, 0, 40, 24) if sparse else LowRankSpec(rank, 40, 24)
+    neutral = [torch.randn(24, rank), torch.randn(rank, 40)]
+    neutral += [torch.empty(0, dtype=torch.int32), torch.empty(0, 40)] if sparse else []
+    held = layouts.get(spec.op, "grouped" if sparse else "padded")
+    weight = held.from_neutral(neutral, spec, torch.float32)
+    assert weight[0].shape[1] == len(weight[1]) == {1: 16, 15: 16, 16: 16, 17: 32}[rank]
+    assert not weight[0][:, rank:].any() and not weight[1][rank:].any()
+    for tensor, expected in zip(held.to_neutral(weight, spec), neutral, strict=True):
+        assert torch.equal(tensor, expected) and tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
 
 
 def test_cutlass_layout_gives_the_weight_back():

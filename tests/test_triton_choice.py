@@ -16,8 +16,8 @@ from sparsebert.formats import bitmap as bitmap_format
 from sparsebert.nn import PackedLinear
 from sparsebert.ops import devices, layouts, select
 from sparsebert.ops.devices import Device
-from sparsebert.ops.specs import BitmapSpec, Int8Spec, NMSpec
-from sparsebert.ops.triton import bitmap, int8, nm, support
+from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec
+from sparsebert.ops.triton import bitmap, int8, low_rank, nm, support
 from sparsebert.ops.triton.configurations import MOST_SPLITS
 
 NM = NMSpec(2, 4, 768, 3072)
@@ -197,3 +197,24 @@ def test_chunks_need_a_gpu_and_numbers_that_int32_holds():
     spec = BitmapSpec(1 << 31, 1 << 16, 1 << 16)
     expected = "needs at most 2147483647 non-zeros, not 2147483648"
     assert supports(spec, torch.float16, torch.device("cpu")) == expected
+
+
+@given(
+    st.sampled_from(["none", "rows", "nm", "bitmap"]),
+    st.integers(1, 1024),
+    st.integers(0, 1 << 20),
+    st.sampled_from([torch.float16, torch.float32]),
+    st.sampled_from([*DEVICES.values(), Device("cpu")]),
+)
+def test_low_rank_configurations_fit_their_kernel(kind, rank, tokens, dtype, device):
+    """Sides that are powers of two, and a tile of the whole rank where t is computed inside."""
+    n, m = (2, 4) if kind == "nm" else (1, 1)
+    spec = LowRankSparseSpec(rank, kind, n, m, 9, 768, 3072) if kind != "none" else LowRankSpec(rank, 768, 3072)
+    found = low_rank.configurations(select.Problem("neutral", device, dtype, spec, tokens, "none"))
+    for config in found:
+        for side in config[:4]:
+            assert side >= 16 and side & (side - 1) == 0
+        assert not config.inside or rank <= config.block_r <= 128
+        assert config.block_n < 2 * max(16, tokens)
+    assert found[0].inside is (rank <= 64 and tokens <= 64)
+    assert 5 <= len(set(found)) == len(found) <= 16

@@ -44,9 +44,12 @@ _HELD = {
     ("bitmap", "chunked"): "packed, and where the weights of every 256 inputs begin: 4 bytes each",
     ("bitmap", "dense"): "as the unpacked weight, the size of a dense layer",
     ("low_rank", "neutral"): "as on disk: the factors, which are multiplied with as they are",
+    ("low_rank", "padded"): "as factors, the rank filled up with zeros to a multiple of 16",
     ("low_rank", "dense"): "as the product of the factors, beside them: more than a dense layer",
     ("low_rank_sparse", "neutral"): "as on disk",
-    ("low_rank_sparse", "grouped"): "as factors and kept rows, and which feature each row is: 4 bytes a feature more",
+    ("low_rank_sparse", "padded"): "as on disk, the rank filled up with zeros to a multiple of 16",
+    ("low_rank_sparse", "grouped"): "as factors, the rank filled up with zeros to a multiple of 16, and kept rows, and "
+    "which feature each row is: 4 bytes a feature more",
     ("low_rank_sparse", "stacked"): "as factors, the kept rows below the second one: the size on disk",
     ("low_rank_sparse", "dense"): "as the unpacked weight, beside what is on disk: more than a dense layer",
     ("int8", "neutral"): "as on disk",

@@ -16,8 +16,9 @@ _DEFAULTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("nm_linear", "cuda"): ("cusparselt", "cutlass"),
     ("bitmap_linear", "cpu"): ("dense",),
     ("bitmap_linear", "cuda"): ("chunked",),
+    ("low_rank_linear", "cuda"): ("padded",),
     ("low_rank_sparse_linear", "cpu"): ("stacked", "dense"),
-    ("low_rank_sparse_linear", "cuda"): ("grouped", "stacked"),
+    ("low_rank_sparse_linear", "cuda"): ("grouped", "padded", "stacked"),
     ("int8_linear", "cpu"): ("unpacked",),
     ("int8_linear", "cuda"): ("unpacked",),
 }

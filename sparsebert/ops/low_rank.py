@@ -42,7 +42,8 @@ def unpack(weight: list[Tensor], spec: LowRankSpec, dtype: torch.dtype | None = 
     return low_rank.unpack(weight[0], weight[1])
 
 
-def _factors(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
+def multiply(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
+    """torch's linear on each factor."""
     u, v = weight
     return activate(F.linear(F.linear(x, v), u, bias), problem.activation)
 
@@ -51,6 +52,6 @@ layouts.add(layouts.neutral(OP, tensors, unpack))
 layouts.add(layouts.dense_and_neutral(OP))
 
 select.add_candidate(
-    Candidate(OP, layouts.NEUTRAL, "reference", "torch's linear on each factor", reference.always, _factors)
+    Candidate(OP, layouts.NEUTRAL, "reference", "torch's linear on each factor", reference.always, multiply)
 )
 select.add_candidate(reference.unpacked(OP, layouts.DENSE))

@@ -90,7 +90,8 @@ def unpack(weight: list[Tensor], spec: LowRankSparseSpec, dtype: torch.dtype | N
     return low_rank.unpack(u, v).add_(unpack_sparse(sparse, spec))
 
 
-def _neutral(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
+def multiply(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
+    """torch's linear on each factor and on the unpacked sparse part."""
     u, v, *sparse = weight
     y = F.linear(F.linear(x, v), u, bias)
     if problem.spec.sparse == "rows":
@@ -143,7 +144,7 @@ layouts.add(
 )
 
 for _layout, _text, _run in (
-    (layouts.NEUTRAL, "torch's linear on each factor and on the unpacked sparse part", _neutral),
+    (layouts.NEUTRAL, "torch's linear on each factor and on the unpacked sparse part", multiply),
     (STACKED, "torch's linear on the stacked factors, rows added", _stacked),
 ):
     select.add_candidate(Candidate(OP, _layout, "reference", _text, reference.always, _run))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import sparsebert as sb
 from closeness import check
@@ -13,9 +14,7 @@ from sparsebert.ops import (
     bitmap_linear,
     int8_linear,
     layouts,
-    low_rank_linear,
     low_rank_sparse,
-    low_rank_sparse_linear,
     nm_linear,
     select,
 )
@@ -121,10 +120,20 @@ def test_every_configuration_of_chunks_against_float64(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("kind", "layout"), [("none", "neutral"), ("rows", "grouped"), ("nm", "neutral"), ("bitmap", "neutral")], ids=str
+    ("kind", "layout"),
+    [
+        ("none", "neutral"),
+        ("none", "padded"),
+        ("rows", "grouped"),
+        ("nm", "neutral"),
+        ("nm", "padded"),
+        ("bitmap", "neutral"),
+        ("bitmap", "padded"),
+    ],
+    ids=str,
 )
 def test_low_rank_against_float64(kind, layout, dtype):
-    """From the same t = x vᵀ, which torch computes, at most twice the error of torch's sequence."""
+    """At most twice the error of torch's sequence, u (v x) + S x + b, with t inside and outside."""
     for out_features, in_features in SIZES:
         rank = max(1, in_features // 20)
         u = torch.randn(out_features, rank, device="cuda", dtype=dtype)
@@ -136,46 +145,81 @@ def test_low_rank_against_float64(kind, layout, dtype):
             s = s * (torch.rand(out_features, 1 if kind == "rows" else in_features) < 0.15)
         s = s.to("cuda", dtype)
         if kind == "none":
-            sizes, weight, op = LowRankSpec(rank, in_features, out_features)._asdict(), [u, v], low_rank_linear
+            spec, neutral = LowRankSpec(rank, in_features, out_features), [u, v]
             s.zero_()
         else:
             count = {"rows": int(s.any(1).sum()), "bitmap": int(s.count_nonzero()), "nm": 0}[kind]
             n, m = (2, 4) if kind == "nm" else (1, 1)
             spec = LowRankSparseSpec(rank, kind, n, m, count, in_features, out_features)
             neutral = [u, v, *low_rank_sparse.pack_sparse(s, spec)]
-            weight = layouts.get(low_rank_sparse.OP, layout).from_neutral(neutral, spec, dtype)
-            sizes, op = spec._asdict(), low_rank_sparse_linear
+        weight = layouts.get(spec.op, layout).from_neutral(neutral, spec, dtype)
+        (kernel,) = (found for found in select.candidates(spec.op, layout) if found.backend == "triton")
         bias = torch.randn(out_features, device="cuda", dtype=dtype)
-        for tokens in TOKENS:
-            x = torch.randn(tokens, in_features, device="cuda", dtype=dtype)
-            t = F.linear(x, v)
-            for activation, act in ACTIVATIONS.items():
-                poison(tokens, out_features, dtype)
-                with sb.backend("triton"):
-                    y = op(x, weight, bias, layout=layout, activation=activation, **sizes)
-                exact = act(t.double() @ u.double().t() + x.double() @ s.double().t() + bias.double())
-                theirs = act(F.linear(t, u, bias) + F.linear(x, s)).double()
-                bound = 2 * (theirs - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
-                assert (y.double() - exact).abs().max() <= bound, (tokens, activation)
+        x = torch.randn(max(TOKENS), in_features, device="cuda", dtype=dtype)
+        for activation, act in ACTIVATIONS.items():
+            exact = act(x.double() @ v.double().t() @ u.double().t() + x.double() @ s.double().t() + bias.double())
+            theirs = act(F.linear(F.linear(x, v), u, bias) + F.linear(x, s)).double()
+            bound = 2 * (theirs - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+            for tokens in TOKENS:
+                problem = select.problem_of(spec, layout, x[:tokens], activation)
+                # The best with t inside, where rank and shared memory allow it, and the best without.
+                configs = {config.inside: config for config in reversed(kernel.configurations(problem))}
+                assert rank > 64 or tokens > 64 or len(configs) == 2
+                for config in configs.values():
+                    poison(tokens, out_features, dtype)
+                    y = kernel.run(x[:tokens], weight, bias, problem, configuration=config)
+                    assert (y.double() - exact[:tokens]).abs().max() <= bound, config
 
 
-@pytest.mark.parametrize("how", ["compiled", "captured"])
-def test_compiled_and_captured_calls_give_the_same(how):
-    dense = nm.project(torch.randn(768, 768), 2, 4).cuda().half()
-    weight, sizes = list(nm.pack(dense, 2, 4)), NMSpec(2, 4, 768, 768)._asdict()
-    x = torch.randn(16, 768, device="cuda").half()
+FORMATS = {
+    "2:4": (sb.NMConfig(2, 4), "neutral"),
+    "bitmap": (sb.BitmapConfig(0.05), "chunked"),
+    "low rank": (sb.LowRankConfig(rank=38), "padded"),
+    "low rank + rows": (sb.LowRankSparseConfig(rank=38, sparse=sb.RowsConfig(0.15)), "grouped"),
+    "low rank + 2:4": (sb.LowRankSparseConfig(rank=38, sparse=sb.NMConfig(2, 4)), "padded"),
+    "int8": (sb.Int8Config(), "neutral"),
+    "int8 2:4": (sb.Int8Config(weights=sb.NMConfig(2, 4)), "neutral"),
+}
 
-    def call(x):
-        return nm_linear(x, weight, None, layout="neutral", activation="gelu", **sizes)
 
+@pytest.mark.parametrize("tokens", [16, 512])
+@pytest.mark.parametrize("how", ["compiled", "captured", "launched early"])
+@pytest.mark.parametrize(("config", "layout"), FORMATS.values(), ids=FORMATS.keys())
+def test_a_feed_forward_net_compiled_captured_and_launched_early(config, layout, how, tokens, monkeypatch):
+    """The same numbers, to the bit, one kernel after the other."""
+    net = nn.Sequential(nn.Linear(768, 3072), nn.Linear(3072, 768)).half().cuda().requires_grad_(False)
+    sb.compress_(net, {"*": config})
+    for module in net:
+        module.prepare_(layout)
+    x = torch.randn(tokens, 768, device="cuda").half()
     with sb.backend("triton"):
-        expected = call(x)
+        expected = net(x)
         if how == "compiled":
-            assert torch.equal(torch.compile(call, fullgraph=True)(x), expected)
+            torch._dynamo.reset()
+            assert torch.equal(torch.compile(net, fullgraph=True)(x), expected)
             return
+        if how == "launched early":
+            monkeypatch.setenv("SPARSEBERT_PDL", "1")
+            for _ in range(20):
+                assert torch.equal(net(x), expected)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = call(x)
-        y.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(y, expected)
+            y = net(x)
+        for _ in range(5):
+            y.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(y, expected)
+
+
+def test_tune_measures_configurations_and_they_are_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path))
+    model = nn.Sequential(nn.Linear(768, 3072)).half().cuda().requires_grad_(False)
+    sb.compress_(model, {"*": sb.BitmapConfig(0.05)})
+    report = sb.tune(model, [16], budget_s=0.2)
+    assert report.mode == "cuda-graph" and set(report.rows[0].median_us) == {"neutral", "chunked", "dense"}
+    assert report.rows[0].kernels["chunked"].startswith("triton: ")
+    model[0].prepare_("chunked")
+    (layer,) = sb.explain(model, tokens=16).layers
+    assert layer.kernel.endswith(": measured)")
+    x, dense = torch.randn(16, 768, device="cuda").half(), model[0].dense_weight()
+    check(model(x), x, dense, model[0].bias)

@@ -1,4 +1,5 @@
-"""``low_rank_linear`` and ``low_rank_sparse_linear`` in Triton's interpreter: every kind of S against float64."""
+"""``low_rank_linear`` and ``low_rank_sparse_linear`` in Triton's interpreter: every kind of S, with t = x vᵀ computed
+inside the kernel and outside, against float64."""
 
 from __future__ import annotations
 
@@ -8,76 +9,105 @@ import torch.nn.functional as F
 
 import sparsebert as sb
 from sparsebert.formats import nm
-from sparsebert.ops import layouts, low_rank_linear, low_rank_sparse, low_rank_sparse_linear
+from sparsebert.ops import layouts, low_rank_linear, low_rank_sparse, low_rank_sparse_linear, select
 from sparsebert.ops.activations import ACTIVATIONS
 from sparsebert.ops.specs import LowRankSparseSpec, LowRankSpec
 
-SIZES = [(100, 80, 7, 19), (8, 144, 5, 33), (1, 16, 1, 1), (136, 208, 40, 65)]
+# (out_features, in_features, rank): no side a multiple of a tile's, but for one.
+SIZES = [(100, 80, 5), (8, 144, 16), (1, 16, 1), (136, 208, 48), (65, 72, 24)]
+TOKENS = (1, 7, 33, 127)
 DTYPES = [torch.float16, torch.float32]
+KINDS = ("none", "rows", "nm", "bitmap")
 
 
-def close(y, x, u, v, s, bias, activation):
-    """At most twice the error of torch's sequence, u (v x) + S x + b in the dtype, against float64 from the same t:
-    what the kernel is given."""
-    act = ACTIVATIONS[activation]
-    t = F.linear(x, v)
-    sums = t.double() @ u.double().t() + bias.double()
-    theirs = F.linear(t, u, bias)
-    if s is not None:
-        sums, theirs = sums + x.double() @ s.double().t(), theirs + F.linear(x, s)
-    exact = act(sums)
-    error = (act(theirs).double() - exact).abs().max()
-    assert y.shape == exact.shape and y.dtype == x.dtype and y.is_contiguous()
-    assert (y.double() - exact).abs().max() <= 2 * error + torch.finfo(x.dtype).eps * exact.abs().max()
-
-
-def factors(out_features, in_features, rank, dtype):
-    return torch.randn(out_features, rank).to(dtype), torch.randn(rank, in_features).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_factors_alone(activation, dtype):
-    for out_features, in_features, rank, tokens in SIZES:
-        u, v = factors(out_features, in_features, rank, dtype)
-        x, bias = torch.randn(tokens, in_features).to(dtype), torch.randn(out_features).to(dtype)
-        sizes = LowRankSpec(rank, in_features, out_features)._asdict()
-        with sb.backend("triton"):
-            y = low_rank_linear(x, [u, v], bias, layout="neutral", activation=activation, **sizes)
-        close(y, x, u, v, None, bias, activation)
-
-
-def sparse_part(kind, out_features, in_features, dtype):
-    """S and its spec without the rank."""
+def made(kind, out_features, in_features, rank, dtype):
+    """A spec, its neutral tensors, and S or None."""
+    u, v = torch.randn(out_features, rank).to(dtype), torch.randn(rank, in_features).to(dtype)
+    if kind == "none":
+        return LowRankSpec(rank, in_features, out_features), [u, v], None
     s = torch.randn(out_features, in_features)
+    n, m, count = 1, 1, 0
     if kind == "nm":
-        return nm.project(s, 2, 4).to(dtype), {"n": 2, "m": 4, "count": 0}
-    keep = torch.rand(out_features, 1 if kind == "rows" else in_features) < 0.3
-    keep.view(-1)[0] = True
-    count = int(keep.sum())
-    return (s * keep).to(dtype), {"n": 1, "m": 1, "count": count}
+        n, m = 2, 4
+        s = nm.project(s, n, m).to(dtype)
+    else:
+        keep = torch.rand(out_features, 1 if kind == "rows" else in_features) < 0.3
+        keep.view(-1)[0] = True
+        s, count = (s * keep).to(dtype), int(keep.sum())
+    spec = LowRankSparseSpec(rank, kind, n, m, count, in_features, out_features)
+    return spec, [u, v, *low_rank_sparse.pack_sparse(s, spec)], s
+
+
+def layouts_of(spec, dtype):
+    """Those that Triton serves."""
+    names = [name for name in ("neutral", "padded", "grouped") if name in layouts.names(spec.op)]
+    cpu = torch.device("cpu")
+    held = [name for name in names if layouts.get(spec.op, name).supports(spec, dtype, cpu) is None]
+    return [name for name in held if (name == "grouped") == ("grouped" in held)]
+
+
+class Expected:
+    """y of any first rows of x, and what torch's sequence u (v x) + S x + b in the dtype is off by."""
+
+    def __init__(self, x, u, v, s, bias, activation):
+        act = ACTIVATIONS[activation]
+
+        def sequence(*tensors):
+            x, u, v, s, bias = tensors
+            y = F.linear(F.linear(x, v), u, bias)
+            return act(y if s is None else y + F.linear(x, s))
+
+        tensors = (x, u, v, s, bias)
+        self.exact = sequence(*(None if t is None else t.double() for t in tensors))
+        error = (sequence(*tensors).double() - self.exact).abs().max()
+        self.allowed = 2 * error + torch.finfo(x.dtype).eps * self.exact.abs().max()
+
+    def check(self, y, dtype):
+        exact = self.exact[: len(y)]
+        assert y.shape == exact.shape and y.dtype == dtype and y.is_contiguous()
+        assert (y.double() - exact).abs().max() <= self.allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("kind", "layout"), [("rows", "grouped"), ("nm", "neutral"), ("bitmap", "neutral")], ids=str)
-def test_with_a_sparse_part(kind, layout, dtype):
-    for out_features, in_features, rank, tokens in SIZES:
-        u, v = factors(out_features, in_features, rank, dtype)
-        s, numbers = sparse_part(kind, out_features, in_features, dtype)
-        spec = LowRankSparseSpec(rank, kind, in_features=in_features, out_features=out_features, **numbers)
-        neutral = [u, v, *low_rank_sparse.pack_sparse(s, spec)]
-        weight = layouts.get(low_rank_sparse.OP, layout).from_neutral(neutral, spec, dtype)
-        x, bias = torch.randn(tokens, in_features).to(dtype), torch.randn(out_features).to(dtype)
-        for activation in ("none", "gelu"):
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_against_float64(kind, inside, dtype):
+    for out_features, in_features, rank in SIZES:
+        spec, neutral, s = made(kind, out_features, in_features, rank, dtype)
+        x = torch.randn(max(TOKENS), in_features).to(dtype)
+        bias = torch.randn(out_features).to(dtype)
+        for b in (bias, None):
+            expected = Expected(x, *neutral[:2], s, b, "none")
+            for place, layout in enumerate(layouts_of(spec, dtype)):
+                weight = layouts.get(spec.op, layout).from_neutral(neutral, spec, dtype)
+                (kernel,) = (c for c in select.candidates(spec.op, layout) if c.backend == "triton")
+                for tokens in TOKENS[2:3] if b is None or place else TOKENS:
+                    problem = select.problem_of(spec, layout, x[:tokens], "none")
+                    config = next(c for c in kernel.configurations(problem) if c.inside is inside)
+                    expected.check(kernel.run(x[:tokens], weight, b, problem, configuration=config), dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_op_with_each_activation(kind):
+    spec, neutral, s = made(kind, 100, 80, 5, torch.float16)
+    (layout, *_) = layouts_of(spec, torch.float16)
+    weight = layouts.get(spec.op, layout).from_neutral(neutral, spec, torch.float16)
+    x, bias = torch.randn(70, 80).half(), torch.randn(100).half()
+    op = low_rank_linear if kind == "none" else low_rank_sparse_linear
+    for activation in ACTIVATIONS:
+        expected = Expected(x, *neutral[:2], s, bias, activation)
+        # Few tokens, whose estimate is inside, and more.
+        for rows in (x[:19], x, x[:, None].expand(70, 2, 80)[:, 1]):
             with sb.backend("triton"):
-                y = low_rank_sparse_linear(x, weight, bias, layout=layout, activation=activation, **spec._asdict())
-            close(y, x, u, v, s, bias, activation)
+                y = op(rows, weight, bias, layout=layout, activation=activation, **spec._asdict())
+            expected.check(y, torch.float16)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 @pytest.mark.parametrize("count", [0, 1, 64, 65, 136])
-def test_rows_that_fill_tiles_or_do_not(count):
+def test_rows_that_fill_tiles_or_do_not(count, inside):
     """None, one, a whole tile, one more, all: and the layout gives the rows back."""
-    u, v = factors(136, 48, 6, torch.float32)
+    u, v = torch.randn(136, 6), torch.randn(6, 48)
     s = torch.zeros(136, 48)
     s[torch.randperm(136)[:count]] = 1.5
     spec = LowRankSparseSpec(6, "rows", 1, 1, count, 48, 136)
@@ -87,9 +117,9 @@ def test_rows_that_fill_tiles_or_do_not(count):
     assert weight[2].sort().values.tolist() == list(range(136))
     assert all(map(torch.equal, layout.to_neutral(weight, spec), neutral))
     x = torch.randn(9, 48)
-    found = {}
-    for backend in ("triton", "reference"):
-        with sb.backend(backend):
-            found[backend] = low_rank_sparse_linear(x, weight, None, layout="grouped", **spec._asdict())
-    close(found["triton"], x, u, v, s, torch.zeros(136), "none")
-    torch.testing.assert_close(found["reference"], found["triton"], rtol=1e-4, atol=1e-4)
+    expected = Expected(x, u, v, s, None, "none")
+    problem = select.problem_of(spec, "grouped", x, "none")
+    for kernel in select.candidates(low_rank_sparse.OP, "grouped"):
+        configs = [c for c in kernel.configurations(problem) if c.inside is inside] if kernel.configurations else []
+        options = {"configuration": configs[0]} if configs else {}
+        expected.check(kernel.run(x, weight, None, problem, **options), torch.float32)

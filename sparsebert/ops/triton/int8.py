@@ -13,7 +13,7 @@ from sparsebert.ops import int8, quantized, select
 from sparsebert.ops.layouts import NEUTRAL
 from sparsebert.ops.select import Candidate, Problem
 from sparsebert.ops.triton.configurations import around, columns, fitting, shared_bytes
-from sparsebert.ops.triton.nm import packed_bytes
+from sparsebert.ops.triton.nm import packed_bytes, slot_by_slot
 from sparsebert.ops.triton.support import refusal, rows_of
 
 if TYPE_CHECKING:
@@ -28,9 +28,14 @@ def _patterned(problem: Problem) -> bool:
 def configurations(problem: Problem) -> Sequence[Config]:
     """As for ``nm_linear``, with 128 inputs a step."""
     spec: Any = problem.spec
-    block_n = columns(problem.tokens, 128)
     n, m = (spec.n, spec.m) if _patterned(problem) else (1, 1)
-    found = around(problem, 64 if block_n < 64 else 128, block_n, 128, itemsize=1, wide=bool(n & (n - 1)))
+    slow = m > 1 and slot_by_slot(n, m)
+    block_n = columns(problem.tokens, 64 if slow else 128)
+    block_m = 64 if block_n < 64 or slow else 128
+    found = around(problem, block_m, block_n, 128, itemsize=1, wide=slow)
+    if slow:
+        # Larger tiles spill.
+        found = (config for config in found if (config.block_m, config.block_k) == (block_m, 128))
     weight = packed_bytes(n, m, 1) if m > 1 else 1
     return fitting(
         problem, found, lambda config: shared_bytes(config, weight_bytes=weight, dense_bytes=m > 1, x_bytes=1)

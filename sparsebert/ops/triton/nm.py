@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 
 def packed_bytes(n: int, m: int, itemsize: int) -> float:
-    """Bytes of memory for an element of an n:m weight, positions included. A tile has a power of two of slots a
-    group."""
-    slots = 1 << (n - 1).bit_length()
-    # Slots that are no power of two are read with a byte of positions each.
-    return slots / m * (itemsize + (1 if n & (n - 1) else (2 if m <= 4 else 4) / 8))
+    """Bytes of memory for an element of an n:m weight, positions included, as a tile of it is read."""
+    return n / m * (itemsize + (2 if m <= 4 else 4) / 8)
+
+
+def slot_by_slot(n: int, m: int) -> bool:
+    """Whether the kernels take a tile's values one slot after the other, which takes registers for more than a few."""
+    return (n, m) not in ((1, 4), (2, 4), (1, 8), (2, 8), (4, 8), (1, 16))
 
 
 @lru_cache(maxsize=1024)
@@ -31,11 +33,14 @@ def configurations(problem: Problem) -> Sequence[Config]:
     """As few token columns as hold the tokens, 64 features (the rows of a Hopper MMA), 128 bytes of inputs a step."""
     spec: Any = problem.spec
     itemsize = problem.dtype.itemsize
-    block_n = columns(problem.tokens, 256 // itemsize)
-    block_m = 64 if block_n < 64 or itemsize == 4 else 128
+    slow = slot_by_slot(spec.n, spec.m)
+    block_n = columns(problem.tokens, 64 if slow else 256 // itemsize)
+    block_m = 64 if block_n < 64 or itemsize == 4 or slow else 128
     block_k = max(128 // itemsize, 2 * spec.m)
-    # Slots that are no power of two leave registers unused.
-    found = around(problem, block_m, block_n, block_k, itemsize=itemsize, wide=bool(spec.n & (spec.n - 1)))
+    found = around(problem, block_m, block_n, block_k, itemsize=itemsize, wide=slow)
+    if slow or itemsize == 4:
+        # Larger tiles spill.
+        found = (config for config in found if (config.block_m, config.block_k) == (block_m, block_k))
     weight = packed_bytes(spec.n, spec.m, itemsize)
     return fitting(
         problem,
