@@ -18,7 +18,7 @@ from kernel_cases import Case, cases
 ARCH = 90
 HEADER = (
     "| kernel | features x tokens x inputs | warps, steps in flight | W, bytes a tile | x, bytes a tile "
-    "| instructions a step | a weight and lane | registers | shared memory |\n"
+    "| instructions a step | a weight | registers | shared memory |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 # Beginnings of the names of cases -> bits of memory for an element of W, where it has a fixed number.

@@ -9,10 +9,13 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
+import kernel_table
 from aot import Compiled, compile_for
 from kernel_cases import DEVICES, Case, cases, few, int8_cases, quantize_cases, split_cases
 
@@ -39,6 +42,13 @@ def test_what_runs_without_a_measurement_compiles(arch):
 def test_what_tune_may_measure_compiles(arch):
     """Where the tensor cores take tiles from shared memory, and where from registers and with little of the former."""
     assert not faults(cases(arch, every=True), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton.__version__ != "3.7.1", reason="the table is of Triton 3.7.1")
+def test_the_table_in_the_documentation_is_what_compiles():
+    page = Path(__file__).resolve().parents[1] / "docs" / "triton.md"
+    assert kernel_table.table() in page.read_text(encoding="utf-8")
 
 
 def faults(found: Iterable[Case], arch: int) -> list[str]:
