@@ -22,6 +22,7 @@ from torch import Tensor
 import sparsebert as sb
 from sparsebert import ops
 from sparsebert.configs import parse_config
+from sparsebert.formats import int8
 
 Call = Callable[[], Tensor]
 
@@ -404,6 +405,61 @@ def _triton(case: Case, config: str, layout: str = "neutral") -> Built:
     )
 
 
+def _gelu_int8(case: Case) -> Built:
+    """The layer after a GELU, which one kernel computes and quantizes."""
+    h, w, b = case.operands(torch.float16)
+    values, scales = int8.quantize_weight(w)
+    backend = "triton" if case.device.type == "cuda" else "reference"
+    sizes = {"activations": "dynamic", "n": 1, "m": 1}
+    sizes |= {"in_features": case.shape.in_features, "out_features": case.shape.out_features}
+
+    def call(copy: Tensor) -> Tensor:
+        with sb.backend(backend):
+            q, s = ops.quantize_rows(h, activation="gelu")
+            return ops.int8_linear_from_int8(q, s, [copy, scales], b, dtype=h.dtype, layout="neutral", **sizes)
+
+    def reference() -> Tensor:
+        q, s = int8.quantize_rows(F.gelu(h.float()))
+        return q.double() @ values.double().t() * s.double()[:, None] * scales.double() + b.double()
+
+    return Built(
+        variants={"": [partial(call, copy) for copy in case.rotate(values)]},
+        reference=reference,
+        weight_bytes=_nbytes(values),
+        moved_bytes=_moved(case, _nbytes(values), 2, 2, b),
+        limit=_LIMITS[torch.float16],
+    )
+
+
+def _int8_to_int8(case: Case) -> Built:
+    """The product of rows that are int8 already, with GELU, as int8 again."""
+    x, w, b = case.operands(torch.float16)
+    values, scales = int8.quantize_weight(w)
+    backend = "triton" if case.device.type == "cuda" else "reference"
+    with sb.backend(backend):
+        q, s = ops.quantize_rows(x)
+    sizes = {"activations": "dynamic", "n": 1, "m": 1, "activation": "gelu"}
+    sizes |= {"in_features": case.shape.in_features, "out_features": case.shape.out_features}
+
+    def product() -> Tensor:
+        sums = q.double() @ values.double().t() * s.double()[:, None] * scales.double()
+        return F.gelu(sums + b.double())
+
+    step = (product().abs().amax() / 127).float()
+
+    def call(copy: Tensor) -> Tensor:
+        with sb.backend(backend):
+            return ops.int8_linear_to_int8(q, s, [copy, scales], b, step, layout="neutral", **sizes)[0]
+
+    return Built(
+        variants={"": [partial(call, copy) for copy in case.rotate(values)]},
+        reference=lambda: (product() / step.double()).round(),
+        weight_bytes=_nbytes(values),
+        moved_bytes=_moved(case, _nbytes(values), 1, 1, b),
+        limit=_LIMITS[torch.float16],
+    )
+
+
 def _fp8_operands(case: Case, *, pruned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     x, w, b = case.operands(torch.bfloat16, pruned=pruned)
     # Weights of size in**-0.5 would fall among the subnormals of e4m3; scale them up as a quantiser would.
@@ -470,6 +526,14 @@ OWN = (
         "scales per token and feature, bias",
         partial(_triton, config="int8"),
     ),
+    Peer(
+        "triton_low_rank_fp16",
+        "float16, rank 5 %",
+        "bias",
+        partial(_triton, config="low-rank:0.05", layout="auto"),
+    ),
+    Peer("triton_int8_to_int8", "int8 -> int8", "scales, bias, GELU (erf), one scale", _int8_to_int8),
+    Peer("triton_gelu_int8", "float16 -> int8 -> float16", "GELU of x, scales, bias", _gelu_int8, roles="ffn_out"),
 )
 SECONDARY = (
     Peer(

@@ -311,11 +311,12 @@ def test_jobs_start_with_what_tells_most():
     }
     assert {tokens for _, tokens, _ in jobs} == {1, 16, 32, 128, 512, 2048, 8192, 16384}
     # Then the package's own kernels, first where packed weights pay by their bytes, beside dense.
-    after = names[24 : 24 + 4 * 8]
+    served = sum(peer.serves(shape) for shape in baselines.FEED_FORWARD for peer in baselines.OWN)
+    after = names[24 : 24 + 4 * 2 + served]
     assert {tokens for _, tokens, _ in after} == {32}
     own = {peer.name for peer in baselines.OWN}
     assert {peer for _, _, peer in after} == {"cublas_fp16", "cusparselt_fp16", *own}
-    assert {peer for _, _, peer in names[56 : 56 + 12 * 6]} == own
+    assert {peer for _, _, peer in names[24 + len(after) : 24 + len(after) + 3 * served]} == own
 
 
 def test_pruning_keeps_the_two_largest_of_four():

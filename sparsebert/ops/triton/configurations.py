@@ -76,27 +76,31 @@ def around(
     *,
     itemsize: int,
     wide: bool = False,
+    full: bool = False,
     splits: int = MOST_SPLITS,
 ) -> Iterator[Config]:
     """The estimate, in tiles of these sides, then others: twice the inputs a step, half the features or twice them,
     half the tokens; with fewer and more splits, and fewer and more steps in flight.
 
-    ``itemsize``: of the elements that are multiplied. ``wide``: unpacking takes registers beyond the tile itself.
+    ``itemsize``: of the elements that are multiplied. ``wide``: unpacking takes registers beyond the tile itself;
+    ``full``: nearly all, so that only splits are varied, as they are for fp32.
     ``splits``: how many programs at most can share the inputs of a tile.
     """
     from sparsebert.kernels.tiles import Config
 
-    sides = [(block_m, block_n, block_k), (block_m, block_n, 2 * block_k), (192 - block_m, block_n, block_k)]
-    if block_n > 32:
-        sides.append((block_m, block_n // 2, block_k))
+    sides, stages = [(block_m, block_n, block_k)], [3]
+    if not full and itemsize < 4:
+        sides += [(block_m, block_n, 2 * block_k), (192 - block_m, block_n, block_k)]
+        sides += [(block_m, block_n // 2, block_k)] if block_n > 32 else []
+        stages += [2, 5]
     for m, n, k in sides:
         tiles = -(-problem.out_features // m) * -(-max(1, problem.tokens) // n)
         steps = -(-problem.in_features // k)
         split = split_of(tiles, steps, sms(problem), min(8, splits))
         # Four warps would spill.
-        num_warps = 8 if wide or m * n > 64 * 64 or m * k * itemsize > 64 * 256 else 4
+        num_warps = 8 if wide or full or m * n > 64 * 64 or m * k * itemsize > 64 * 256 else 4
         for split_k in dict.fromkeys((split, max(1, split // 2), min(MOST_SPLITS, 2 * split))):
             if split_k > 1 and (split_k > splits or 2 * split_k > steps):
                 continue
-            for num_stages in (3, 2, 5):
+            for num_stages in stages:
                 yield Config(m, n, k, split_k, num_warps, num_stages)

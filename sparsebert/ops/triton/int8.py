@@ -32,10 +32,7 @@ def configurations(problem: Problem) -> Sequence[Config]:
     slow = m > 1 and slot_by_slot(n, m)
     block_n = columns(problem.tokens, 64 if slow else 128)
     block_m = 64 if block_n < 64 or slow else 128
-    found = around(problem, block_m, block_n, 128, itemsize=1, wide=slow)
-    if slow:
-        # Larger tiles spill.
-        found = (config for config in found if (config.block_m, config.block_k) == (block_m, 128))
+    found = around(problem, block_m, block_n, 128, itemsize=1, full=slow)
     weight = packed_bytes(n, m, 1) if m > 1 else 1
     return fitting(
         problem, found, lambda config: shared_bytes(config, weight_bytes=weight, dense_bytes=m > 1, x_bytes=1)

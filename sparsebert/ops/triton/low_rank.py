@@ -64,7 +64,7 @@ def configurations(problem: Problem) -> Sequence[Config]:
     def found() -> Iterator[Config]:
         from sparsebert.kernels.low_rank_sparse_linear import Config
 
-        for tile in around(problem, block_m, block_n, block_k, itemsize=itemsize, wide=True, splits=1):
+        for tile in around(problem, block_m, block_n, block_k, itemsize=itemsize, wide=True, full=slow, splits=1):
             # Both choices with 3 steps in flight, the better one with other numbers.
             for choice in inside if tile.num_stages == 3 else inside[:1]:
                 # 8 warps would load fewer than 32 ranks 8 bytes at a time, and hold a tile of x in two forms for fewer
@@ -72,7 +72,7 @@ def configurations(problem: Problem) -> Sequence[Config]:
                 least = 64 if sparse == "bitmap" else 32
                 block_r = max(least, power_of_two(spec.rank)) if choice else 64 // itemsize
                 config = Config(*tile[:3], block_r, choice, tile.num_warps, tile.num_stages)
-                if not _spills(config, sparse, itemsize) and not (slow and config[0:3:2] != (block_m, block_k)):
+                if not _spills(config, sparse, itemsize):
                     yield config
 
     weight = {

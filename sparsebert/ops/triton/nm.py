@@ -37,10 +37,7 @@ def configurations(problem: Problem) -> Sequence[Config]:
     block_n = columns(problem.tokens, 64 if slow else 256 // itemsize)
     block_m = 64 if block_n < 64 or itemsize == 4 or slow else 128
     block_k = max(128 // itemsize, 2 * spec.m)
-    found = around(problem, block_m, block_n, block_k, itemsize=itemsize, wide=slow)
-    if slow or itemsize == 4:
-        # Larger tiles spill.
-        found = (config for config in found if (config.block_m, config.block_k) == (block_m, block_k))
+    found = around(problem, block_m, block_n, block_k, itemsize=itemsize, full=slow)
     weight = packed_bytes(spec.n, spec.m, itemsize)
     return fitting(
         problem,
