@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 
 import pytest
 import torch
@@ -131,16 +132,17 @@ def test_through_the_op(n, m, layout, activations, dtype):
         q, x_scale = int8.quantize_rows(x, weight[-1] if activations == "static" else None)
         sums = (q.long() @ values.long().t()).double() * x_scale[:, None].double() * scales.double()
         sizes = Int8Spec(activations, n, m, in_features, out_features)._asdict()
-        for activation, act in ACTIVATIONS.items():
-            for b in (bias, None):
-                exact = act(sums if b is None else sums + b.double())
-                found = {}
-                for backend in ("triton", "reference"):
-                    with sb.backend(backend):
-                        found[backend] = int8_linear(x, weight, b, layout=layout, activation=activation, **sizes)
-                    assert found[backend].shape == exact.shape and found[backend].dtype == dtype
-                ours, theirs = ((y.double() - exact).abs().max() for y in found.values())
-                assert ours <= 2 * theirs + torch.finfo(dtype).eps * exact.abs().max(), activation
+        # All of these at one size, and one at the others: the interpreter is slow.
+        options = list(product(ACTIVATIONS, (bias, None))) if tokens == 7 else [("gelu", bias)]
+        for activation, b in options:
+            exact = ACTIVATIONS[activation](sums if b is None else sums + b.double())
+            found = {}
+            for backend in ("triton", "reference"):
+                with sb.backend(backend):
+                    found[backend] = int8_linear(x, weight, b, layout=layout, activation=activation, **sizes)
+                assert found[backend].shape == exact.shape and found[backend].dtype == dtype
+            ours, theirs = ((y.double() - exact).abs().max() for y in found.values())
+            assert ours <= 2 * theirs + torch.finfo(dtype).eps * exact.abs().max(), activation
 
 
 @pytest.mark.parametrize("split_k", [1, 4])

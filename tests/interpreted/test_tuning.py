@@ -18,7 +18,7 @@ from sparsebert.ops import measurements, select
 def tuned(tmp_path, monkeypatch):
     monkeypatch.setenv(measurements.ENVIRONMENT_VARIABLE, str(tmp_path))
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 24))
+    model = nn.Sequential(nn.Linear(256, 24)).half()
     sb.compress_(model, {"*": sb.NMConfig(2, 4)})
     with sb.backend("triton"):
         timings = []
@@ -60,7 +60,7 @@ def test_every_configuration_runs_and_the_quickest_is_recorded_and_used(tuned, m
         kernel, "nm_linear", lambda *args, **options: used.append(options["config"]) or run(*args, **options)
     )
     model[0].prepare_("neutral")
-    x = torch.randn(4, 256)
+    x = torch.randn(4, 256).half()
     for tokens in (4, 3, 5):
         with sb.backend("triton"):
             model(x[:1].expand(tokens, -1))
@@ -81,7 +81,7 @@ def test_another_process_uses_what_was_measured(tuned):
     (row,) = measurements.load()
     program = (
         "import torch, sparsebert as sb\n"
-        "m = torch.nn.Sequential(torch.nn.Linear(256, 24))\n"
+        "m = torch.nn.Sequential(torch.nn.Linear(256, 24)).half()\n"
         "sb.compress_(m, {'*': sb.NMConfig(2, 4)})\n"
         "m[0].prepare_('neutral')\n"
         "print(sb.explain(m, tokens=4).layers[0].kernel)\n"

@@ -26,13 +26,13 @@ def _patterned(problem: Problem) -> bool:
 
 @lru_cache(maxsize=1024)
 def configurations(problem: Problem) -> Sequence[Config]:
-    """As for ``nm_linear``, with 128 inputs a step."""
+    """As for ``nm_linear``."""
     spec: Any = problem.spec
     n, m = (spec.n, spec.m) if _patterned(problem) else (1, 1)
     slow = m > 1 and slot_by_slot(n, m)
     block_n = columns(problem.tokens, 64 if slow else 128)
     block_m = 64 if block_n < 64 or slow else 128
-    found = around(problem, block_m, block_n, 128, itemsize=1, full=slow)
+    found = around(problem, block_m, block_n, 64 if slow else 128, itemsize=1, full=slow)
     weight = packed_bytes(n, m, 1) if m > 1 else 1
     return fitting(
         problem, found, lambda config: shared_bytes(config, weight_bytes=weight, dense_bytes=m > 1, x_bytes=1)

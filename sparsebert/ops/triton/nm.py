@@ -30,13 +30,14 @@ def slot_by_slot(n: int, m: int) -> bool:
 
 @lru_cache(maxsize=1024)
 def configurations(problem: Problem) -> Sequence[Config]:
-    """As few token columns as hold the tokens, 64 features (the rows of a Hopper MMA), 128 bytes of inputs a step."""
+    """As few token columns as hold the tokens, 64 features (the rows of a Hopper MMA), 128 bytes of inputs a step, or
+    half where values are taken slot by slot."""
     spec: Any = problem.spec
     itemsize = problem.dtype.itemsize
     slow = slot_by_slot(spec.n, spec.m)
     block_n = columns(problem.tokens, 64 if slow else 256 // itemsize)
     block_m = 64 if block_n < 64 or itemsize == 4 or slow else 128
-    block_k = max(128 // itemsize, 2 * spec.m)
+    block_k = max((64 if slow else 128) // itemsize, 2 * spec.m)
     found = around(problem, block_m, block_n, block_k, itemsize=itemsize, full=slow)
     weight = packed_bytes(spec.n, spec.m, itemsize)
     return fitting(
