@@ -73,6 +73,13 @@ def test_rows_of_an_activation_are_quantized_from_fp32(activation):
             assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0), (0,)])
+def test_nothing_to_quantize(shape):
+    for static in (None, OUTPUT_SCALE):
+        q, s = quantize_rows(torch.empty(shape), static)
+        assert q.shape == shape and q.dtype == torch.int8 and s.shape == shape[:-1]
+
+
 def test_what_is_not_finite_stays_so_from_layer_to_layer():
     """Through a feed-forward net of two static layers: the row is NaN at its end, and no other is touched."""
     (_, _, weight, bias), sizes, x = case("int8-static", "neutral", 6)

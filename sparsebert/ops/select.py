@@ -152,7 +152,8 @@ def may_be_forced() -> bool:
 
 def problem_of(spec: Any, layout: str, x: torch.Tensor, activation: str) -> Problem:
     """The problem of one call with the rows ``x``."""
-    return Problem(layout, describe(x.device), x.dtype, spec, x.numel() // spec.in_features, activation)
+    tokens = x.numel() // max(1, spec.in_features)
+    return Problem(layout, describe(x.device), x.dtype, spec, tokens, activation)
 
 
 def choose(problem: Problem) -> Solution:

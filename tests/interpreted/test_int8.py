@@ -84,9 +84,10 @@ def test_rows_of_an_activation(features, activation, dtype):
         assert off.max() <= 0.5 + 1e-4
 
 
-def test_no_rows():
-    q, scale = quantize(torch.empty(0, 8))
-    assert q.shape == (0, 8) and q.dtype == torch.int8 and scale.shape == (0,)
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
+def test_nothing_to_quantize(shape):
+    q, scale = quantize(torch.empty(shape))
+    assert q.shape == shape and q.dtype == torch.int8 and scale.tolist() == [1.0] * shape[0]
 
 
 def weight_of(out_features, in_features, n=1, m=1):

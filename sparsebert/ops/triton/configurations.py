@@ -83,8 +83,8 @@ def around(
     half the tokens; with fewer and more splits, and fewer and more steps in flight.
 
     ``itemsize``: of the elements that are multiplied. ``wide``: unpacking takes registers beyond the tile itself;
-    ``full``: nearly all, so that only splits are varied, as they are for fp32.
-    ``splits``: how many programs at most can share the inputs of a tile.
+    ``full``: nearly all, so that only splits are varied, as they are for fp32. ``splits``: how many programs at most
+    can share the inputs of a tile.
     """
     from sparsebert.kernels.tiles import Config
 
