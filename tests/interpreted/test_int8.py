@@ -160,14 +160,14 @@ def test_int8_rows_in_and_out(n, m, layout, split_k, monkeypatch):
     x, bias, output_scale = torch.randn(3, 7, 208), torch.randn(40), torch.tensor(0.05)
     q, s = int8.quantize_rows(x)
     with sb.backend("triton"):
-        for activation, act in ACTIVATIONS.items():
+        for activation in ("none", "gelu"):
             options = {"layout": layout, "activation": activation, **sizes}
             y = int8_linear_from_int8(q, s, weight, bias, dtype=torch.float32, **options)
             assert torch.equal(y, int8_linear(x, weight, bias, **options))
             found, found_scales = int8_linear_to_int8(q, s, weight, bias, output_scale, **options)
             assert found.dtype == torch.int8 and torch.equal(found_scales, output_scale.expand(3, 7))
             exact = (q.long() @ values.long().t()).double() * s[..., None].double() * scales.double() + bias.double()
-            off = (found - (act(exact) / output_scale.double()).clamp(-127, 127)).abs()
+            off = (found - (ACTIVATIONS[activation](exact) / output_scale.double()).clamp(-127, 127)).abs()
             assert off.max() <= 0.5 + 1e-4
         s[1, 2] = torch.nan
         _, found_scales = int8_linear_to_int8(q, s, weight, None, output_scale, **{**options, "activation": "none"})

@@ -72,7 +72,8 @@ class Expected:
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_against_float64(kind, inside, dtype):
-    for out_features, in_features, rank in SIZES:
+    # Every other size in fp32, whose smaller tiles take the interpreter longer.
+    for out_features, in_features, rank in SIZES if dtype == torch.float16 else SIZES[::2]:
         spec, neutral, s = made(kind, out_features, in_features, rank, dtype)
         x = torch.randn(max(TOKENS), in_features).to(dtype)
         bias = torch.randn(out_features).to(dtype)
