@@ -132,7 +132,7 @@ def test_configurations_fit_their_kernel(pattern, in_features, out_features, tok
     )
     found = int8.configurations(problem)
     if m > 1:
-        found += nm.configurations(problem._replace(spec=NMSpec(n, m, in_features, out_features)))
+        found = found + nm.configurations(problem._replace(spec=NMSpec(n, m, in_features, out_features)))
     for config in found:
         for side in config[:3]:
             assert side >= 16 and side & (side - 1) == 0

@@ -60,12 +60,12 @@ def shared_bytes(config: Any, *, weight_bytes: float, dense_bytes: int, x_bytes:
 
 def fitting(
     problem: Problem, found: Iterator[Configuration], shared: Callable[[Configuration], int]
-) -> list[Configuration]:
+) -> tuple[Configuration, ...]:
     """Those of ``found`` that the device of ``problem`` has the shared memory for, each once; the first whatever it
     needs."""
     limit = problem.device.shared_bytes or _SHARED_BYTES
     first, *others = dict.fromkeys(found)
-    return [first, *(config for config in others if shared(config) <= limit)]
+    return (first, *(config for config in others if shared(config) <= limit))
 
 
 def around(
