@@ -115,105 +115,75 @@ def _quantize_rows_fake(
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def _prepare(
+def _check(
     op: str,
     q: Tensor,
     s: Tensor,
     weight: list[Tensor],
     bias: Tensor | None,
+    output_scale: Tensor | None = None,
+    *,
     layout: str,
-    activation: str,
-    sizes: dict[str, Any],
+    activation: str = "none",
+    **sizes: Any,
 ) -> Int8Spec:
     """The spec of a call whose tensors fit."""
     spec = Int8Spec(**sizes)
     linear.check(q, weight, bias, layout, spec, activation, op=op, x_name="q", quantized=True)
     _check_scale(op, "s", s, q.shape[:-1], q.device)
+    if output_scale is not None:
+        _check_scale(op, "output_scale", output_scale, (), q.device)
     return spec
 
 
 def _solve(
-    q: Tensor, s: Tensor, spec: Int8Spec, layout: str, activation: str, dtype: torch.dtype
+    q: Tensor, s: Tensor, spec: Int8Spec, dtype: torch.dtype, *, layout: str, activation: str = "none", **sizes: Any
 ) -> tuple[Tensor, Tensor, select.Solution, Problem]:
+    """q and s as ``(tokens, in)`` and ``(tokens)``, and what runs them."""
     problem = select.problem_of(spec, layout, q, activation)._replace(dtype=dtype)
     rows = q.reshape(-1, spec.in_features).contiguous()
     return rows, s.float().reshape(-1).contiguous(), select.choose(problem), problem
 
 
 def _from_int8(
-    q: Tensor,
-    s: Tensor,
-    weight: list[Tensor],
-    bias: Tensor | None,
-    *,
-    dtype: torch.dtype,
-    layout: str,
-    activation: str = "none",
-    **sizes: Any,
+    q: Tensor, s: Tensor, weight: list[Tensor], bias: Tensor | None, *, dtype: torch.dtype, **options: Any
 ) -> Tensor:
-    spec = _prepare("int8_linear_from_int8", q, s, weight, bias, layout, activation, sizes)
-    rows, scales, solution, problem = _solve(q, s, spec, layout, activation, dtype)
+    spec = _check("int8_linear_from_int8", q, s, weight, bias, **options)
+    rows, scales, solution, problem = _solve(q, s, spec, dtype, **options)
     kernels: Any = solution.candidate.run
     y = kernels.multiply(rows, scales, weight, bias, problem, **solution.options)
     return y.view(*q.shape[:-1], spec.out_features)
 
 
 def _from_int8_fake(
-    q: Tensor,
-    s: Tensor,
-    weight: list[Tensor],
-    bias: Tensor | None,
-    *,
-    dtype: torch.dtype,
-    layout: str,
-    activation: str = "none",
-    **sizes: Any,
+    q: Tensor, s: Tensor, weight: list[Tensor], bias: Tensor | None, *, dtype: torch.dtype, **options: Any
 ) -> Tensor:
-    spec = _prepare("int8_linear_from_int8", q, s, weight, bias, layout, activation, sizes)
+    spec = _check("int8_linear_from_int8", q, s, weight, bias, **options)
     return q.new_empty((*q.shape[:-1], spec.out_features), dtype=dtype)
 
 
 def _to_int8(
-    q: Tensor,
-    s: Tensor,
-    weight: list[Tensor],
-    bias: Tensor | None,
-    output_scale: Tensor,
-    *,
-    layout: str,
-    activation: str = "none",
-    **sizes: Any,
+    q: Tensor, s: Tensor, weight: list[Tensor], bias: Tensor | None, output_scale: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    spec = _prepare("int8_linear_to_int8", q, s, weight, bias, layout, activation, sizes)
-    _check_scale("int8_linear_to_int8", "output_scale", output_scale, (), q.device)
-    # What the layer would run in as part of its model: configurations are measured there.
-    dtype = torch.float32 if bias is None else bias.dtype
-    rows, scales, solution, problem = _solve(q, s, spec, layout, activation, dtype)
+    spec = _check("int8_linear_to_int8", q, s, weight, bias, output_scale, **options)
+    # The dtype that the layer runs in as part of its model: configurations are measured there.
+    rows, scales, solution, problem = _solve(q, s, spec, torch.float32 if bias is None else bias.dtype, **options)
     kernels: Any = solution.candidate.run
     y, y_scales = kernels.again(rows, scales, weight, bias, output_scale, problem, **solution.options)
     return y.view(*q.shape[:-1], spec.out_features), y_scales.view(q.shape[:-1])
 
 
 def _to_int8_fake(
-    q: Tensor,
-    s: Tensor,
-    weight: list[Tensor],
-    bias: Tensor | None,
-    output_scale: Tensor,
-    *,
-    layout: str,
-    activation: str = "none",
-    **sizes: Any,
+    q: Tensor, s: Tensor, weight: list[Tensor], bias: Tensor | None, output_scale: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    spec = _prepare("int8_linear_to_int8", q, s, weight, bias, layout, activation, sizes)
-    _check_scale("int8_linear_to_int8", "output_scale", output_scale, (), q.device)
+    spec = _check("int8_linear_to_int8", q, s, weight, bias, output_scale, **options)
     return q.new_empty((*q.shape[:-1], spec.out_features)), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def _reference(x: Tensor, input_scale: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor]:
-    return int8.quantize_rows(
-        x if problem.activation == "none" else activate(x.float(), problem.activation), input_scale
-    )
+    # What the activation gives is quantized from fp32, not rounded to x's dtype before.
+    y = x if problem.activation == "none" else activate(x.float(), problem.activation)
+    return int8.quantize_rows(y, input_scale)
 
 
 select.add_candidate(Candidate(OP, NEUTRAL, "reference", "by torch's own ops", reference.always, _reference))
