@@ -1,7 +1,7 @@
 """Which configurations of a kernel a device can run: by what divides, and by the shared memory it has.
 
 Each kernel has an estimate, from the sizes of a problem alone, and others about it for ``sb.tune`` to measure. None is
-in the list that does not compile, or whose accumulators and tiles overflow the registers.
+in the list that needs more shared memory than there is; which spill registers is in ``docs/triton.md``.
 """
 
 from __future__ import annotations
