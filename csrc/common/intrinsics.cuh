@@ -14,6 +14,8 @@
 
 #define SB_DEVICE __device__ __forceinline__
 #define SB_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// Before a kernel's parameter: it stays in constant memory, where a reference to it may point.
+#define SB_PARAMETERS __grid_constant__
 
 namespace sparsebert {
 
@@ -49,6 +51,9 @@ template <>
 SB_DEVICE float from_float<float>(float x) {
     return x;
 }
+
+SB_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+SB_DEVICE uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 
 // The compiler fuses neither of these into an fma: int8 results are defined by two roundings.
 SB_DEVICE float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
@@ -108,6 +113,17 @@ SB_DEVICE void store_global(T* to, T value) {
 template <>
 SB_DEVICE void store_global<Words4>(Words4* to, Words4 value) {
     *reinterpret_cast<uint4*>(to) = make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]);
+}
+
+// All COUNT elements in one instruction, of 8 or 16 bytes, to an address that they divide.
+template <typename T, int COUNT>
+SB_DEVICE void store_vector(T* to, const T (&vector)[COUNT]) {
+    static_assert(sizeof(vector) == 8 || sizeof(vector) == 16, "one store");
+    if constexpr (sizeof(vector) == 16) {
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(vector);
+    } else {
+        *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(vector);
+    }
 }
 
 // 16 bytes of a weight, which a block reads once: past the L1, which is left to the activations.

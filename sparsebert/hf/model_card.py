@@ -40,6 +40,7 @@ _HELD = {
     ("nm", "dense"): "as the unpacked weight, the size of a dense layer",
     ("nm", "cusparselt"): "packed, in the order of cuSPARSELt",
     ("nm", "cutlass"): "packed, in the order of CUTLASS",
+    ("nm", "mma_sp"): "packed, in the order of the sparse tensor cores: 9 bits a weight",
     ("bitmap", "neutral"): "as on disk; where no kernel reads that, they are unpacked in every call",
     ("bitmap", "chunked"): "packed, and where the weights of every 256 inputs begin: 4 bytes each",
     ("bitmap", "dense"): "as the unpacked weight, the size of a dense layer",
@@ -50,10 +51,15 @@ _HELD = {
     ("low_rank_sparse", "padded"): "as on disk, the rank filled up with zeros to a multiple of 16",
     ("low_rank_sparse", "grouped"): "as factors, the rank filled up with zeros to a multiple of 16, and kept rows, and "
     "which feature each row is: 4 bytes a feature more",
+    (
+        "low_rank_sparse",
+        "mma_sp",
+    ): "packed, in the order of the sparse tensor cores, the rank filled up with zeros to a multiple of 16",
     ("low_rank_sparse", "stacked"): "as factors, the kept rows below the second one: the size on disk",
     ("low_rank_sparse", "dense"): "as the unpacked weight, beside what is on disk: more than a dense layer",
     ("int8", "neutral"): "as on disk",
     ("int8", "unpacked"): "as 8-bit integers with their zeros, one byte a weight",
+    ("int8", "mma_sp"): "packed, in the order of the sparse tensor cores: 5 bits a weight",
     ("int8", "float"): "as integers in fp32 numbers, four bytes a weight, for a CPU without 8-bit products",
     ("int8", "dense"): "as the rounded weight in floats, beside what is on disk: more than a dense layer; their inputs "
     "are then not rounded",

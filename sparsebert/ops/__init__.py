@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from sparsebert.ops import linear, quantized, specs, torch_sparse, triton  # noqa: F401 (add their layouts and candidates)
+from sparsebert.ops import cuda, linear, quantized, specs, torch_sparse, triton  # noqa: F401 (add layouts, candidates)
 from sparsebert.ops.bitmap import bitmap_linear
 from sparsebert.ops.dense import dense_linear
 from sparsebert.ops.int8 import int8_linear

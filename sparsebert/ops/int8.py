@@ -151,6 +151,10 @@ def _sums(accumulate: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tenso
     return multiply
 
 
+# The sums through fp32 products of slices, on any device.
+multiply_exactly = _sums(int8.accumulate)
+
+
 def _int_mm(q: Tensor, values: Tensor) -> Tensor:
     """Through torch's own int8 matmul."""
     tokens = q.shape[0]
@@ -297,7 +301,7 @@ for _layout in (layouts.NEUTRAL, UNPACKED):
             "reference",
             "exact sums through fp32 matmuls of slices",
             reference.always,
-            Kernels(_sums(int8.accumulate)),
+            Kernels(multiply_exactly),
         )
     )
 select.add_candidate(

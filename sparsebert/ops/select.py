@@ -156,9 +156,10 @@ def problem_of(spec: Any, layout: str, x: torch.Tensor, activation: str) -> Prob
     return Problem(layout, describe(x.device), x.dtype, spec, tokens, activation)
 
 
-def choose(problem: Problem) -> Solution:
-    """What runs ``problem``; ``RuntimeError`` with every refusal where nothing does."""
-    return _choose(problem, forced_backend(), measurements.generation())
+def choose(problem: Problem, *, force: bool = True) -> Solution:
+    """What runs ``problem``; ``RuntimeError`` with every refusal where nothing does. ``force``: whether a forced
+    backend is, which one op on the way to another may not have."""
+    return _choose(problem, forced_backend() if force else None, measurements.generation())
 
 
 @lru_cache(maxsize=16384)

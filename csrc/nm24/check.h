@@ -1,0 +1,29 @@
+// One call of the 2:4 kernel as it comes from Python, and whether its parts fit.
+#pragma once
+
+#include <nm24/problem.h>
+
+namespace sparsebert::nm24 {
+
+// Addresses in device memory; 0 for what is not there. See `Arguments` in kernel.cuh for shapes.
+struct Call {
+    Problem problem;
+    Solution solution;
+    uint64_t x;
+    int64_t x_stride;  // elements
+    uint64_t values, metadata, columns, t, u, bias, residual, x_scale, scale, output_scale, y, y_scale, partial, arrivals;
+    Number y_number;
+    Number bias_number;
+    int activation;
+    float alpha;
+    int device;
+    uint64_t stream;
+};
+
+// std::invalid_argument, worded `nm24_linear: <tensor> ..., expected ...`, where something does not fit.
+void check(const Call& call);
+
+// The widest copy, 16, 8 or 4 bytes, that divides the address of every row of x.
+int copy_bytes(const Call& call);
+
+}  // namespace sparsebert::nm24

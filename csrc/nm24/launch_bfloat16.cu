@@ -1,0 +1,3 @@
+#include <nm24/launch.cuh>
+
+template void sparsebert::nm24::launch_as<sparsebert::nm24::Element::bfloat16>(const Call&);

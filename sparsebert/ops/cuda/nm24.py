@@ -1,0 +1,193 @@
+"""The 2:4 kernel on the sparse tensor cores (``csrc/nm24``): what it can run, in which configurations, and one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsebert.formats import mma_sp
+from sparsebert.ops.activations import ACTIVATIONS
+from sparsebert.ops.cuda import extension
+from sparsebert.ops.devices import Device
+from sparsebert.ops.select import Problem
+from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec, Spec
+
+# Ranks are filled up with zeros to a multiple of what one product takes.
+RANK_MULTIPLE = 16
+# As `Element` and `Number` of csrc/nm24/problem.h count them.
+_ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
+_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int8: 3}
+_ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
+_FLOATS = (torch.float16, torch.bfloat16)
+
+
+class Config(NamedTuple):
+    """A tile of ``csrc/nm24/problem.h`` with its sides, and the number of parts that the inputs are divided into."""
+
+    tile: int
+    features: int
+    tokens: int
+    splits: int
+
+
+# Where it runs
+
+
+def refusal(spec: Spec, dtype: torch.dtype, device: Device) -> str | None:
+    """None, or why the kernel cannot take ``spec`` with x in ``dtype`` on ``device``."""
+    if reason := unfit(spec, dtype):
+        return reason
+    return extension.refusal(device)
+
+
+def unfit(spec: Spec, dtype: torch.dtype) -> str | None:
+    """None, or why no device can hold a weight of ``spec`` in ``mma_sp``."""
+    if isinstance(spec, LowRankSparseSpec) and spec.sparse != "nm":
+        return f"needs a sparse part at n:m, not {spec.sparse}"
+    pattern = (getattr(spec, "n", 0), getattr(spec, "m", 0))
+    if pattern not in mma_sp.PATTERNS:
+        return f"needs a 2:4 pattern, not {pattern[0]}:{pattern[1]}"
+    if spec.in_features % 4:
+        return f"needs in_features in multiples of 4, not {spec.in_features}"
+    served = (*_FLOATS, torch.float32) if isinstance(spec, Int8Spec) else _FLOATS
+    if dtype not in served:
+        names = [str(one).removeprefix("torch.") for one in (*served, dtype)]
+        return f"needs {' or '.join(names[:-1])}, not {names[-1]}"
+    return None
+
+
+def padded_rank(rank: int) -> int:
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+@lru_cache(maxsize=1024)
+def configurations(problem: Problem) -> Sequence[Config]:
+    """The solutions that ``_C`` finds for the sizes of a problem."""
+    spec: Any = problem.spec
+    integer = isinstance(spec, Int8Spec)
+    found = extension.load().nm24_solutions(
+        element=_ELEMENTS[torch.int8 if integer else problem.dtype],
+        tokens=max(1, problem.tokens),
+        in_features=spec.in_features,
+        out_features=spec.out_features,
+        rank=padded_rank(spec.rank) if isinstance(spec, LowRankSparseSpec) else 0,
+        sms=problem.device.sms,
+        shared_bytes=problem.device.shared_bytes,
+    )
+    return tuple(Config(*one) for one in found)
+
+
+# A call
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    *,
+    in_features: int,
+    out_features: int,
+    activation: str = "none",
+    config: Config,
+    columns: Tensor | None = None,
+    t: Tensor | None = None,
+    u: Tensor | None = None,
+    residual: Tensor | None = None,
+    alpha: float = 1.0,
+    x_scale: Tensor | None = None,
+    scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    output_scale: Tensor | None = None,
+    y_scale: Tensor | None = None,
+) -> Tensor:
+    """y = activation(alpha (x Wᵀ + t uᵀ) + b) + residual, ``(tokens, out)`` in ``dtype`` (that of x).
+
+    ``x (tokens, in)`` fp16, bf16 or int8, its rows without gaps, or with ``columns int32 (in)`` ``(tokens, wider)``, of
+    which those columns are taken; ``values`` and ``metadata`` of ``formats.mma_sp``; ``t (tokens, rank)`` and ``u`` of
+    ``mma_sp.pack_factor``, rank a multiple of 16; ``residual (tokens, out)`` in ``dtype``. int8 x: ``x_scale fp32
+    (tokens)``, ``scales fp32 (out)``, y = activation((sums x_scale) scales + b), int8 again by ``output_scale fp32
+    ()``, whose scales a row go to ``y_scale fp32 (tokens)``.
+
+    ``x`` is copied where its rows do not begin at multiples of 4 bytes. On the current stream of x's device; may be
+    captured in a CUDA graph.
+    """
+    x = _aligned(x, columns)
+    tokens = x.shape[0]
+    y_dtype = torch.int8 if output_scale is not None else dtype or x.dtype
+    y = x.new_empty((tokens, out_features), dtype=y_dtype)
+    if not y.numel():
+        return y
+    c = extension.load()
+    partial, arrivals = _workspace(c, x, tokens, out_features, config)
+    # What is made here lives until the call is launched; after that the stream's order keeps it.
+    c.nm24_linear(
+        element=_ELEMENTS[x.dtype],
+        tokens=tokens,
+        in_features=in_features,
+        out_features=out_features,
+        rank=0 if t is None else t.shape[1],
+        tile=config.tile,
+        splits=config.splits,
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        values=values.data_ptr(),
+        metadata=metadata.data_ptr(),
+        columns=_address(columns),
+        t=_address(t),
+        u=_address(u),
+        bias=_address(bias),
+        bias_number=_NUMBERS[torch.float32 if bias is None else bias.dtype],
+        residual=_address(residual),
+        x_scale=_address(x_scale),
+        scale=_address(scales),
+        output_scale=_address(output_scale),
+        y=y.data_ptr(),
+        y_number=_NUMBERS[y_dtype],
+        y_scale=_address(y_scale),
+        partial=_address(partial),
+        arrivals=_address(arrivals),
+        activation=_ACTIVATIONS[activation],
+        alpha=alpha,
+        device=x.device.index,
+        stream=torch.cuda.current_stream(x.device).cuda_stream,
+    )
+    return y
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _aligned(x: Tensor, columns: Tensor | None) -> Tensor:
+    """x, or a copy where its rows have gaps or do not begin at multiples of 4 bytes."""
+    itemsize = x.element_size()
+    if x.stride(-1) == 1 and (columns is not None or (x.data_ptr() % 4 == 0 and x.stride(0) * itemsize % 4 == 0)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+# Zeros that a call leaves as it found them, by device and stream: calls of a stream follow each other.
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def _workspace(
+    c: Any, x: Tensor, tokens: int, out_features: int, config: Config
+) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the partial sums of a split product, and its counters."""
+    if config.splits == 1:
+        return None, None
+    size, count = c.nm24_workspace(tokens=tokens, out_features=out_features, tile=config.tile, splits=config.splits)
+    partial = torch.empty(size, dtype=torch.uint8, device=x.device)
+    if torch.cuda.is_current_stream_capturing():
+        # A graph runs on any stream, at any time: it has counters of its own.
+        return partial, torch.zeros(count, dtype=torch.int32, device=x.device)
+    key = (x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
+    held = _counters.get(key)
+    if held is None or len(held) < count:
+        held = _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
+    return partial, held
