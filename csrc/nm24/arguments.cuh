@@ -34,7 +34,6 @@ inline Arguments arguments_of(const Call& call) {
     args.out_features = call.problem.out_features;
     args.rank = call.problem.rank;
     args.splits = call.solution.splits;
-    args.copy_bytes = copy_bytes(call);
     args.alpha = call.alpha;
     args.activation = static_cast<Activation>(call.activation);
     args.y_number = call.y_number;

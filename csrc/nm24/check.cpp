@@ -33,9 +33,9 @@ void check_address(const char* name, uint64_t address, uint64_t alignment, bool 
 
 }  // namespace
 
-int copy_bytes(const Call& call) {
+bool is_wide(const Call& call) {
     const uint64_t bits = call.x | static_cast<uint64_t>(call.x_stride) * size_of(call.problem.element);
-    return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : 4;
+    return !call.columns && bits % 16 == 0;
 }
 
 void check(const Call& call) {
@@ -61,6 +61,7 @@ void check(const Call& call) {
         check_multiple("stride of x in bytes", call.x_stride * size_of(problem.element), 4);
     }
     check_address("columns", call.columns, 4, false);
+    if (integer && call.columns) refuse("columns are given", "none where x is int8");
     check_address("values", call.values, 16);
     check_address("metadata", call.metadata, 16);
     check_address("t", call.t, 16, problem.rank > 0);

@@ -23,7 +23,7 @@ struct Call {
 // std::invalid_argument, worded `nm24_linear: <tensor> ..., expected ...`, where something does not fit.
 void check(const Call& call);
 
-// The widest copy, 16, 8 or 4 bytes, that divides the address of every row of x.
-int copy_bytes(const Call& call);
+// Whether every row of x begins at a multiple of 16 bytes and is read in one piece.
+bool is_wide(const Call& call);
 
 }  // namespace sparsebert::nm24

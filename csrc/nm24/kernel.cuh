@@ -20,7 +20,7 @@ struct Arguments {
     const void* x;           // [tokens][in_features], x_stride elements apart
     const Words4* values;    // [feature blocks][input blocks][2][4][32], one Words4 a lane
     const Words4* metadata;  // [feature blocks][input blocks][1 or 2][32], a word for each 16 features
-    const int32_t* columns;  // [in_features]: which columns of x these are, or null: the first
+    const int32_t* columns;  // [in_features]: which columns of x the weight has, or null: all; not int8
     const void* t;           // [tokens][rank], rank a multiple of 16
     const Words4* u;         // [feature blocks][rank / 16][4][32]
     const void* bias;        // [out_features], or null
@@ -38,12 +38,15 @@ struct Arguments {
     int out_features;
     int rank;
     int splits;
-    int copy_bytes;  // 16, 8 or 4: what divides the address of each row of x
     float alpha;
     Activation activation;
     Number y_number;
     Number bias_number;
 };
+
+// How x is read: rows that begin at multiples of 16 bytes in copies of 16, others, and columns of rows, piece by piece. A
+// kernel for each, for the second would take registers from the first.
+enum class Access { wide, narrow };
 
 // What differs between the types of x.
 template <Element ELEMENT>
@@ -75,7 +78,7 @@ SB_DEVICE float load_number(const void* from, Number number, int64_t index) {
     }
 }
 
-template <Element ELEMENT, int TILE>
+template <Element ELEMENT, int TILE, Access ACCESS>
 class Linear {
     static constexpr Tile tile = TILES[TILE];
     static constexpr bool INTEGER = ELEMENT == Element::int8;
@@ -216,71 +219,74 @@ class Linear {
     SB_DEVICE uint8_t* place_of(int stage) { return shared + stage % tile.stages * tile.stage_bytes(); }
 
     // A stage is [tokens][warps_k][8 chunks of 16 bytes], in which chunk c of token i is at c ^ i % 8: then the eight
-    // rows that ldmatrix takes together lie in different banks.
+    // rows that ldmatrix takes together lie in different banks. A thread copies the same chunk of several tokens.
     SB_DEVICE void copy_stage(int stage) {
-        uint8_t* to = place_of(stage);
         const bool of_x = stage < own_x_stages;
+        const X* from = static_cast<const X*>(of_x ? args.x : args.t);
         const int64_t stride = of_x ? args.x_stride : args.rank;
         const int inputs = of_x ? args.in_features : args.rank;
-        const X* from = static_cast<const X*>(of_x ? args.x : args.t);
-        const int block = of_x ? first_stage + stage : stage - own_x_stages;
-        constexpr int ROW = tile.warps_k * CHUNKS;
-        constexpr int PER_CHUNK = CHUNK / sizeof(X);
-#pragma unroll
-        for (int i = thread; i < tile.tokens * ROW; i += tile.threads()) {
-            const int row = i / ROW;
-            const int chunk = i % ROW;
-            const int token = token_tile * tile.tokens + row;
-            const int input = block * tile.warps_k * INPUTS + chunk * PER_CHUNK;
-            uint8_t* place = to + row * (ROW * CHUNK) + (chunk ^ row % CHUNKS) * CHUNK;
-            const int count = token < args.tokens ? inputs - input : 0;
-            const int valid = count < 0 ? 0 : count < PER_CHUNK ? count : PER_CHUNK;
-            const X* row_start = from + (valid ? token * stride : 0);
-            if (of_x && args.columns) {
-                gather_chunk(place, row_start, input, valid);
-            } else {
-                copy_chunk(place, row_start + (valid ? input : 0), valid * static_cast<int>(sizeof(X)), of_x);
+        const int first = (of_x ? first_stage + stage : stage - own_x_stages) * tile.warps_k * INPUTS;
+        const int input = first + thread % ROW * PER_CHUNK;
+        const int left = inputs - input;
+        const int count = left < 0 ? 0 : left < PER_CHUNK ? left : PER_CHUNK;
+        const int first_row = thread / ROW;
+        const int first_token = token_tile * tile.tokens + first_row;
+        const X* row_start = from + first_token * stride;
+        constexpr int ROUNDS = tile.tokens / AT_ONCE;
+        if constexpr (ACCESS == Access::wide) {
+#pragma unroll(TWO_SETS ? ROUNDS : 2)
+            for (int i = 0; i < ROUNDS; ++i) {
+                const int valid = first_token + i * AT_ONCE < args.tokens ? count : 0;
+                // What is not there is not read; its address is one that may be formed.
+                const X* chunk = valid ? row_start + i * AT_ONCE * stride + input : from;
+                copy_async<CHUNK>(place_of_chunk(stage, first_row + i * AT_ONCE), chunk, valid * int{sizeof(X)});
+            }
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < ROUNDS; ++i) {
+                const int valid = first_token + i * AT_ONCE < args.tokens ? count : 0;
+                const X* row = valid ? row_start + i * AT_ONCE * stride : from;
+                uint8_t* to = place_of_chunk(stage, first_row + i * AT_ONCE);
+                const bool gathered = !INTEGER && of_x && args.columns;
+                if (!gathered) copy_chunk(to, valid ? row + input : row, valid * int{sizeof(X)});
+                if constexpr (!INTEGER) {
+                    if (gathered) gather_chunk(to, row, input, valid);
+                }
             }
         }
     }
 
-    SB_DEVICE void copy_chunk(uint8_t* to, const X* from, int valid, bool of_x) {
-        if (!of_x || args.copy_bytes == 16) {
-            copy_async<16>(to, from, valid);
-        } else if (args.copy_bytes == 8) {
-            copy_narrow<8>(to, from, valid);
-        } else {
-            copy_narrow<4>(to, from, valid);
-        }
+    static constexpr int ROW = tile.warps_k * CHUNKS;          // chunks of a token
+    static constexpr int AT_ONCE = tile.threads() / ROW;       // tokens
+    static constexpr int PER_CHUNK = CHUNK / sizeof(X);        // elements
+    static_assert(tile.threads() % ROW == 0 && tile.tokens % AT_ONCE == 0, "a thread's chunk is always the same");
+
+    SB_DEVICE uint8_t* place_of_chunk(int stage, int row) {
+        return place_of(stage) + row * (ROW * CHUNK) + (thread % ROW ^ row % CHUNKS) * CHUNK;
     }
 
-    template <int BYTES>
-    SB_DEVICE void copy_narrow(uint8_t* to, const X* from, int valid) {
+    SB_DEVICE static void copy_chunk(uint8_t* to, const X* from, int valid) {
 #pragma unroll
-        for (int i = 0; i < CHUNK; i += BYTES) {
+        for (int i = 0; i < CHUNK; i += 4) {
             const int left = valid - i;
-            const int part = left < 0 ? 0 : left < BYTES ? left : BYTES;
-            copy_async<BYTES>(to + i, reinterpret_cast<const uint8_t*>(from) + (part ? i : 0), part);
+            const int part = left < 0 ? 0 : left < 4 ? left : 4;
+            copy_async<4>(to + i, reinterpret_cast<const uint8_t*>(from) + (part ? i : 0), part);
         }
     }
 
-    // Columns of x that the weight was compacted to: no copy of consecutive bytes, so through registers.
+    // Columns of x that the weight was compacted to: no copy of consecutive bytes, so through registers. (int8: the rows
+    // are quantized from what was gathered before.)
     SB_DEVICE void gather_chunk(uint8_t* to, const X* row, int input, int valid) {
-        constexpr int PER_WORD = 4 / sizeof(X);
-        constexpr int BITS = 8 * sizeof(X);
         Words4 chunk = {};
 #pragma unroll
-        for (int i = 0; i < static_cast<int>(CHUNK / sizeof(X)); ++i) {
-            if (i >= valid) break;
-            const X element = load_global(row + load_global(args.columns + input + i));
-            chunk.word[i / PER_WORD] |= bits_of(element) << (i % PER_WORD * BITS);
+        for (int i = 0; i < PER_CHUNK; ++i) {
+            if (i < valid) {
+                const X element = load_global(row + load_global(args.columns + input + i));
+                chunk.word[i / 2] |= uint32_t{element.bits} << i % 2 * 16;
+            }
         }
         store_shared(reinterpret_cast<Words4*>(to), chunk);
     }
-
-    SB_DEVICE static uint32_t bits_of(int8_t x) { return static_cast<uint8_t>(x); }
-    SB_DEVICE static uint32_t bits_of(Half x) { return x.bits; }
-    SB_DEVICE static uint32_t bits_of(BFloat16 x) { return x.bits; }
 
     // The warp's block of inputs in one of its stages.
     SB_DEVICE int block_of(int stage) { return (first_stage + stage) * tile.warps_k + warp_k; }
@@ -564,9 +570,9 @@ class Linear {
     }
 };
 
-template <Element ELEMENT, int TILE>
+template <Element ELEMENT, int TILE, Access ACCESS>
 SB_KERNEL(TILES[TILE].threads()) nm24_linear_kernel(const SB_PARAMETERS Arguments args) {
-    Linear<ELEMENT, TILE>(args).run();
+    Linear<ELEMENT, TILE, ACCESS>(args).run();
 }
 
 }  // namespace sparsebert::nm24

@@ -11,10 +11,10 @@
 
 namespace sparsebert::nm24 {
 
-template <Element ELEMENT, int TILE>
-void launch_tile(const Call& call) {
+template <Element ELEMENT, int TILE, Access ACCESS>
+void launch_kernel(const Call& call) {
     constexpr Tile tile = TILES[TILE];
-    const auto kernel = nm24_linear_kernel<ELEMENT, TILE>;
+    const auto kernel = nm24_linear_kernel<ELEMENT, TILE, ACCESS>;
     if constexpr (tile.shared_bytes() > (48 << 10)) {
         // More than every GPU gives unasked; once a device.
         static std::atomic<uint64_t> asked{0};
@@ -29,6 +29,12 @@ void launch_tile(const Call& call) {
     const auto stream = reinterpret_cast<cudaStream_t>(call.stream);
     kernel<<<grid, tile.threads(), tile.shared_bytes(), stream>>>(arguments_of(call));
     check_cuda(cudaGetLastError(), "nm24_linear", "launch");
+}
+
+template <Element ELEMENT, int TILE>
+void launch_tile(const Call& call) {
+    is_wide(call) ? launch_kernel<ELEMENT, TILE, Access::wide>(call)
+                  : launch_kernel<ELEMENT, TILE, Access::narrow>(call);
 }
 
 template <Element ELEMENT, int... TILE_NUMBERS>
