@@ -41,6 +41,30 @@ def test_what_is_right_passes(cases: ModuleType, name: str, order: int) -> None:
     assert torch.equal(run.y, run.x)
 
 
+def places(cases: ModuleType, grid: tuple[int, int], threads: int, order: int = 0) -> torch.Tensor:
+    """Block x, block y and thread, in the order in which they ran."""
+    place = torch.empty(grid[0] * grid[1], threads, 3, dtype=torch.int32)
+    cases.places(place.data_ptr(), *grid, threads, 4, order)
+    return place
+
+
+def test_the_blocks_and_threads_of_a_grid(cases: ModuleType) -> None:
+    forward = places(cases, (3, 2), 1024)
+    expected = torch.tensor([[x, y, thread] for y in range(2) for x in range(3) for thread in range(1024)])
+    assert torch.equal(forward.view(-1, 3), expected.int())
+    assert torch.equal(places(cases, (3, 2), 1024, -1), forward.flip(0))
+    shuffled = [places(cases, (3, 2), 32, seed)[:, 0, :2].tolist() for seed in range(1, 5)]
+    assert shuffled[0] != shuffled[1] and places(cases, (3, 2), 32, 1)[:, 0, :2].tolist() == shuffled[0]
+    for blocks in shuffled:
+        assert sorted(blocks) == sorted(forward[:, 0, :2].tolist())
+
+
+@pytest.mark.parametrize("threads", [0, 48, 1056])
+def test_blocks_that_no_gpu_has_are_refused(cases: ModuleType, threads: int) -> None:
+    with pytest.raises(ValueError, match=f"no block has {threads} threads and 4 bytes of shared memory"):
+        places(cases, (1, 1), threads)
+
+
 def test_a_reduction_through_shared_memory(cases: ModuleType) -> None:
     run = Run(cases, "reduction")
     expected = run.x.reshape(BLOCKS, -1).sum(1).to(torch.int32)
@@ -96,6 +120,7 @@ MISTAKES = {
     "global_uninitialized": r"uninitialized: .* load_global reads scratch \+ 0",
     "write_input": r"read only: .* store_global writes x \+ 0",
     "race_global": r"race: .*, thread 1: store_global writes scratch \+ 0, which thread 0 of this block wrote",
+    "race_global_read": r"race: .*, thread 32: load_from_l2 reads scratch \+ 0, which thread 0 of this block wrote",
     "output_written_twice": r"written twice: block \(1, 0\), thread 0: store_global writes y \+ 0, which thread 0 of",
     "loads_own_output": r"not coherent: .* load_global reads y \+ 0, which thread 0 of this block wrote",
     "loads_before_another_writes": r"read by another block: block \(1, 0\), thread 0: store_global writes counters",

@@ -73,26 +73,30 @@ struct Brain16 {
     static float decode(uint32_t bits) { return bfloat16_to_float(static_cast<uint16_t>(bits)); }
 };
 
-// D (16 x 8) += A B, where A[row][where[row][slot]] = a[row][slot]. Number is int32_t, which is exact, or double: there
-// products are exact too, and D is rounded to float once for all of them. (Hardware rounds more often, and not always to
-// nearest.)
+// To an element of D, in the end: rounded once, or as integers wrap around.
+inline void add(float& d, double sum) { d = static_cast<float>(d + sum); }
+inline void add(int32_t& d, float sum) {
+    d = static_cast<int32_t>(static_cast<uint32_t>(d) + static_cast<uint32_t>(static_cast<int32_t>(sum)));
+}
+
+// D (16 x 8) += A B, where A[row][where[row][slot]] = a[row][slot]. Products of 16-bit floats are exact in double, and
+// their sum is rounded to float once; hardware rounds more often, and not always to nearest. Of int8, the sums of 32
+// products are exact in float already.
 template <typename Element, typename Number, int SLOTS, int K>
 void multiply(Lanes& lanes, const Number (&a)[16][SLOTS], const uint8_t (&where)[16][SLOTS], const Number (&b)[K][8]) {
-    Number d[16][8];
-    for (int lane = 0; lane < 32; ++lane) {
-        const auto* from = static_cast<const Element*>(lanes.of<Product>(lane).d);
-        for (int i = 0; i < 4; ++i) d[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2] = from[i];
-    }
+    Number sums[16][8];
     for (int row = 0; row < 16; ++row) {
+        Number sum[8] = {};
         for (int slot = 0; slot < SLOTS; ++slot) {
             const Number value = a[row][slot];
             const Number* const from = b[where[row][slot]];
-            for (int column = 0; column < 8; ++column) d[row][column] += value * from[column];
+            for (int column = 0; column < 8; ++column) sum[column] += value * from[column];
         }
+        std::memcpy(sums[row], sum, sizeof(sum));
     }
     for (int lane = 0; lane < 32; ++lane) {
-        auto* to = static_cast<Element*>(lanes.of<Product>(lane).d);
-        for (int i = 0; i < 4; ++i) to[i] = static_cast<Element>(d[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2]);
+        auto* const d = static_cast<Element*>(lanes.of<Product>(lane).d);
+        for (int i = 0; i < 4; ++i) add(d[i], sums[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2]);
     }
 }
 
@@ -153,7 +157,7 @@ template <typename Format, int SELECTOR>
 inline constexpr Collective multiply_sparse{Format::sparse[SELECTOR], run_multiply_sparse<Format, SELECTOR>};
 
 inline void run_multiply_sparse_int8(Lanes& lanes) {
-    int32_t a[16][32], b[64][8];
+    float a[16][32], b[64][8];
     uint8_t where[16][32];
     const auto byte = [](uint32_t word, int i) { return static_cast<int8_t>(word >> 8 * i); };
     for (int lane = 0; lane < 32; ++lane) {

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <common/intrinsics.cuh>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -257,6 +258,11 @@ SB_KERNEL(THREADS) race_global(Buffers p) {
     copy(p);
     store_global(p.scratch, Words4{});
 }
+SB_KERNEL(THREADS) race_global_read(Buffers p) {
+    copy(p);
+    store_global(p.scratch + at(0) + thread_index(), Words4{});
+    load_from_l2(p.scratch + at(0) + neighbour());
+}
 SB_KERNEL(THREADS) unwritten_output(Buffers p) {
     if (thread_index() != 7) return copy(p);
 }
@@ -347,9 +353,9 @@ SB_KERNEL(32) sparse_product(Fragments p, int times) {
         b[i] = load_global(p.b + 4 * lane + i);
         d[i] = load_global(static_cast<const float*>(p.d) + 4 * lane + i);
     }
-    for (int i = 0; i < times; ++i) {
-        multiply_sparse<T, SELECTOR>(d, load_global(p.a + lane), b, load_global(p.metadata + lane));
-    }
+    const Words4 a = load_global(p.a + lane);
+    const uint32_t metadata = load_global(p.metadata + lane);
+    for (int i = 0; i < times; ++i) multiply_sparse<T, SELECTOR>(d, a, b, metadata);
     for (int i = 0; i < 4; ++i) store_global(static_cast<float*>(p.d) + 4 * lane + i, d[i]);
 }
 
@@ -361,9 +367,9 @@ SB_KERNEL(32) sparse_product_int8(Fragments p, int times) {
         b[i] = load_global(p.b + 4 * lane + i);
         d[i] = load_global(static_cast<const int32_t*>(p.d) + 4 * lane + i);
     }
-    for (int i = 0; i < times; ++i) {
-        multiply_sparse(d, load_global(p.a + lane), b, load_global(p.metadata + lane));
-    }
+    const Words4 a = load_global(p.a + lane);
+    const uint32_t metadata = load_global(p.metadata + lane);
+    for (int i = 0; i < times; ++i) multiply_sparse(d, a, b, metadata);
     for (int i = 0; i < 4; ++i) store_global(static_cast<int32_t*>(p.d) + 4 * lane + i, d[i]);
 }
 
@@ -373,7 +379,8 @@ SB_KERNEL(32) dense_product(Fragments p, int times) {
     const uint32_t b0 = load_global(p.b + 2 * lane), b1 = load_global(p.b + 2 * lane + 1);
     float d[4];
     for (int i = 0; i < 4; ++i) d[i] = load_global(static_cast<const float*>(p.d) + 4 * lane + i);
-    for (int i = 0; i < times; ++i) multiply_dense<T>(d, load_global(p.a + lane), b0, b1);
+    const Words4 a = load_global(p.a + lane);
+    for (int i = 0; i < times; ++i) multiply_dense<T>(d, a, b0, b1);
     for (int i = 0; i < 4; ++i) store_global(static_cast<float*>(p.d) + 4 * lane + i, d[i]);
 }
 
@@ -388,6 +395,18 @@ SB_KERNEL(32) matrices(Fragments p, int times) {
     for (int i = 0; i < 4; ++i) store_global(static_cast<uint32_t*>(p.d) + 4 * lane + i, fragment[i]);
 }
 
+// Each thread of a grid writes where it is, in the order in which the blocks begin.
+void note_place(int32_t* place, uint32_t* counter, int threads) {
+    const int t = thread_index();
+    auto* const turn = reinterpret_cast<uint32_t*>(shared_memory());
+    if (t == 0) store_shared(turn, atomic_add(counter, 1));
+    sync_block();
+    int32_t* const to = place + 3 * (load_shared(turn) * threads + t);
+    store_global(to, block_x());
+    store_global(to + 1, block_y());
+    store_global(to + 2, t);
+}
+
 using Kernel = void (*)(Buffers);
 const std::vector<std::pair<const char*, Kernel>> CASES = {
 #define CASE(name) {#name, name}
@@ -398,7 +417,7 @@ const std::vector<std::pair<const char*, Kernel>> CASES = {
     CASE(split_with_one_fence), CASE(uninitialized_shared), CASE(shared_of_another_block), CASE(race_read),
     CASE(race_write), CASE(race_write_after_read), CASE(shared_read_outside), CASE(shared_write_outside),
     CASE(shared_misaligned), CASE(global_read_outside), CASE(global_write_outside), CASE(global_misaligned),
-    CASE(global_uninitialized), CASE(write_input), CASE(race_global), CASE(unwritten_output),
+    CASE(global_uninitialized), CASE(write_input), CASE(race_global), CASE(race_global_read), CASE(unwritten_output),
     CASE(output_written_twice), CASE(loads_own_output), CASE(loads_before_another_writes),
     CASE(divergent_collective), CASE(collective_without_all), CASE(collective_against_barrier),
     CASE(barrier_without_all), CASE(matrices_misaligned), CASE(matrices_race),
@@ -429,6 +448,8 @@ Function find(const std::vector<std::pair<const char*, Function>>& cases, const 
     throw std::invalid_argument("no case is named " + name);
 }
 
+simt::Order order_of(int seed) { return seed < 0 ? simt::Reversed : seed > 0 ? simt::shuffled(seed) : simt::Forward; }
+
 // The first byte of y that is not written, or -1.
 ptrdiff_t run(const std::string& name, uintptr_t x, uintptr_t y, uintptr_t scratch, uintptr_t counters, int seed) {
     const Buffers buffers{reinterpret_cast<const Words4*>(x), reinterpret_cast<Words4*>(y),
@@ -439,8 +460,7 @@ ptrdiff_t run(const std::string& name, uintptr_t x, uintptr_t y, uintptr_t scrat
     machine.buffer("scratch", buffers.scratch, WORDS * sizeof(Words4), simt::Scratch);
     machine.buffer("counters", buffers.counters, 2 * sizeof(uint32_t), simt::InOut);
     const Kernel kernel = find(CASES, name);
-    const simt::Order order = seed < 0 ? simt::Reversed : seed > 0 ? simt::shuffled(seed) : simt::Forward;
-    machine.launch({BLOCKS}, THREADS, SHARED, [&] { kernel(buffers); }, order);
+    machine.launch({BLOCKS}, THREADS, SHARED, [&] { kernel(buffers); }, order_of(seed));
     return machine.first_unwritten("y");
 }
 
@@ -456,7 +476,17 @@ void product(const std::string& name, uintptr_t a, uintptr_t b, uintptr_t metada
     machine.launch({1}, 32, 32 * 16, [&] { kernel(fragments, times); });
 }
 
-// n floats to 16 bits and back, or the other way round for what is 16 bits already.
+void places(uintptr_t out, int grid_x, int grid_y, int threads, int shared_bytes, int seed) {
+    auto* const place = reinterpret_cast<int32_t*>(out);
+    uint32_t counter = 0;
+    simt::Machine machine;
+    machine.buffer("place", place, static_cast<size_t>(grid_x * grid_y * threads) * 12, simt::Output);
+    machine.buffer("counter", &counter, sizeof(counter), simt::InOut);
+    machine.launch({grid_x, grid_y}, threads, shared_bytes, [&] { note_place(place, &counter, threads); },
+                   order_of(seed));
+}
+
+// n floats to 16 bits and back.
 template <typename T>
 void round_trip(uintptr_t x, uintptr_t bits, uintptr_t back, int n) {
     for (int i = 0; i < n; ++i) {
@@ -472,6 +502,7 @@ void round_trip(uintptr_t x, uintptr_t bits, uintptr_t back, int n) {
 PYBIND11_MODULE(harness_cases, m) {
     m.def("run", sparsebert::run);
     m.def("product", sparsebert::product);
+    m.def("places", sparsebert::places);
     m.def("round_trip_float16", sparsebert::round_trip<sparsebert::Half>);
     m.def("round_trip_bfloat16", sparsebert::round_trip<sparsebert::BFloat16>);
 }
