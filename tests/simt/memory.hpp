@@ -89,8 +89,8 @@ class Shared {
     bool inside(const char* operation, const void* pointer, size_t bytes, size_t alignment) {
         const size_t at = offset(pointer);
         if (at > size_ || bytes > size_ - at) {
-            report_.add("out of range", operation, " of ", bytes, " bytes at shared ", static_cast<ptrdiff_t>(at), ", of ",
-                        size_, " bytes");
+            report_.add("out of range", operation, " of ", bytes, " bytes at shared ", static_cast<ptrdiff_t>(at),
+                        ", of ", size_, " bytes");
             return false;
         }
         if (at % alignment) {

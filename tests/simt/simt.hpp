@@ -7,12 +7,15 @@
 //     machine.written("y");
 //
 // A kernel includes <common/intrinsics.cuh>, which is the one beside this file, and everything that it does through
-// that header is checked; what it does to memory with a bare pointer is not. A launch throws std::runtime_error with
-// one line for each of the first mistakes. It stops after the block that made them.
+// that header is checked. A launch throws std::runtime_error with one line for each of the first mistakes, and stops
+// after the block that made them.
 //
-// Threads are fibers and blocks run one after the other, so that every run is the same. Where hardware may do one thing
-// or another, the machine does what a kernel that forgot to wait can bear least, or calls the access an error: whether
-// another order of the threads would be right is told by what they touched between two barriers.
+// Threads are fibers and blocks run one after the other, so that every run is the same. What another order of the
+// threads would do is told by the bytes that they touched between two barriers, and copies arrive as late as they may.
+//
+// Not seen: what is done with a bare pointer, registers that were never set, lanes that meet at the same operation on
+// different lines, races between blocks (but for reads of what is not published), bank conflicts, and time. A kernel
+// that waits for another block to write something waits for ever.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +55,9 @@ class Machine {
     Machine& operator=(const Machine&) = delete;
 
     // Nothing else in global memory may be touched. What is not initialized is filled with NaN.
-    void buffer(const std::string& name, const void* data, size_t bytes, Use use) { global.add(name, data, bytes, use); }
+    void buffer(const std::string& name, const void* data, size_t bytes, Use use) {
+        global.add(name, data, bytes, use);
+    }
 
     // Has every byte been written?
     bool written(const std::string& name) const { return first_unwritten(name) < 0; }
@@ -240,7 +245,7 @@ class Machine {
             machine.report.add("exception", error.what());
         }
         if (const size_t copies = machine.threads_[machine.now.thread].copies.size()) {
-            machine.report.add("pending copies", copies, " copies have not been waited for at exit");
+            machine.report.add("pending copies", "at exit, not waited for: ", copies);
         }
         machine.meet(exited);
         std::abort();  // nobody goes on here

@@ -2,6 +2,7 @@
 // time. What each function does is said there.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -13,6 +14,10 @@
 #define SB_KERNEL(threads) inline void
 
 namespace sparsebert {
+
+// CUDA has them everywhere.
+using std::max;
+using std::min;
 
 struct Half {
     uint16_t bits;
@@ -75,17 +80,26 @@ void store_shared(T* to, T value) {
     }
 }
 
+// Names that a kernel cannot clash with.
+namespace host {
+
 template <typename T>
-T checked_load(const char* operation, const T* from, simt::Global::Path path) {
+T load(const char* operation, const T* from, simt::Global::Path path) {
     T value{};
     if (simt::Machine::running->global.read(operation, from, sizeof(T), sizeof(T), path)) {
         std::memcpy(&value, from, sizeof(T));
     }
     return value;
 }
+
+template <typename T>
+using Format = std::conditional_t<std::is_same_v<T, Half>, simt::Float16, simt::Brain16>;
+
+}  // namespace host
+
 template <typename T>
 T load_global(const T* from) {
-    return checked_load("load_global", from, simt::Global::Cached);
+    return host::load("load_global", from, simt::Global::Cached);
 }
 template <typename T>
 void store_global(T* to, T value) {
@@ -93,8 +107,8 @@ void store_global(T* to, T value) {
         std::memcpy(to, &value, sizeof(T));
     }
 }
-inline Words4 load_weight(const Words4* from) { return checked_load("load_weight", from, simt::Global::Cached); }
-inline Words4 load_from_l2(const Words4* from) { return checked_load("load_from_l2", from, simt::Global::Coherent); }
+inline Words4 load_weight(const Words4* from) { return host::load("load_weight", from, simt::Global::Cached); }
+inline Words4 load_from_l2(const Words4* from) { return host::load("load_from_l2", from, simt::Global::Coherent); }
 
 inline void fence_device() { simt::Machine::running->fence(); }
 
@@ -124,14 +138,11 @@ inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
     simt::Machine::running->meet(simt::load_matrices, &arguments);
 }
 
-template <typename T>
-using Format = std::conditional_t<std::is_same_v<T, Half>, simt::Float16, simt::Brain16>;
-
 template <typename T, int SELECTOR>
 void multiply_sparse(float (&d)[4], const Words4& a, const uint32_t (&b)[4], uint32_t metadata) {
     static_assert(SELECTOR == 0 || SELECTOR == 1, "what this shape takes");
     const simt::Product arguments{d, a.word, b, metadata};
-    simt::Machine::running->meet(simt::multiply_sparse<Format<T>, SELECTOR>, &arguments);
+    simt::Machine::running->meet(simt::multiply_sparse<host::Format<T>, SELECTOR>, &arguments);
 }
 
 inline void multiply_sparse(int32_t (&d)[4], const Words4& a, const uint32_t (&b)[4], uint32_t metadata) {
@@ -143,7 +154,7 @@ template <typename T>
 void multiply_dense(float (&d)[4], const Words4& a, uint32_t b0, uint32_t b1) {
     const uint32_t b[2] = {b0, b1};
     const simt::Product arguments{d, a.word, b, 0};
-    simt::Machine::running->meet(simt::multiply_dense<Format<T>>, &arguments);
+    simt::Machine::running->meet(simt::multiply_dense<host::Format<T>>, &arguments);
 }
 
 }  // namespace sparsebert
