@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -282,6 +283,13 @@ def test_floats_are_rounded_as_torch_does(cases: ModuleType, dtype: torch.dtype)
     assert (bits[~number].view(torch.int16) == 0x7FFF).all()
     assert torch.equal(back[number], x[number].to(dtype).float())
     assert back[~number].isnan().all()
+
+
+def test_the_header_for_the_cpu_has_all_that_the_one_for_the_gpu_has() -> None:
+    cpu, gpu = ((folder / "common" / "intrinsics.cuh").read_text() for folder in simt_build.FOLDERS)
+    names = set(re.findall(r"(?m)^(?:SB_DEVICE .*?|#define )(\w+)(?:<\w+>)?\(", gpu))
+    assert {"SB_KERNEL", "load_matrices", "load_global", "multiply_sparse"} <= names
+    assert not [name for name in sorted(names) if not re.search(rf"\b{name}\(", cpu)]
 
 
 def test_a_compiler_error_is_shown(tmp_path: Path) -> None:

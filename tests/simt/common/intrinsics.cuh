@@ -12,6 +12,7 @@
 
 #define SB_DEVICE inline
 #define SB_KERNEL(threads) inline void
+#define SB_PARAMETERS
 
 namespace sparsebert {
 
@@ -33,6 +34,9 @@ struct alignas(16) Words4 {
 inline float to_float(Half x) { return simt::half_to_float(x.bits); }
 inline float to_float(BFloat16 x) { return simt::bfloat16_to_float(x.bits); }
 inline float to_float(float x) { return x; }
+
+inline float float_of_bits(uint32_t bits) { return simt::float_of_bits(bits); }
+inline uint32_t bits_of_float(float x) { return simt::bits_of_float(x); }
 
 template <typename To>
 To from_float(float x);
@@ -105,6 +109,13 @@ template <typename T>
 void store_global(T* to, T value) {
     if (simt::Machine::running->global.write("store_global", to, sizeof(T), sizeof(T))) {
         std::memcpy(to, &value, sizeof(T));
+    }
+}
+template <typename T, int COUNT>
+void store_vector(T* to, const T (&vector)[COUNT]) {
+    static_assert(sizeof(vector) == 8 || sizeof(vector) == 16, "one store");
+    if (simt::Machine::running->global.write("store_vector", to, sizeof(vector), sizeof(vector))) {
+        std::memcpy(to, vector, sizeof(vector));
     }
 }
 inline Words4 load_weight(const Words4* from) { return host::load("load_weight", from, simt::Global::Cached); }
