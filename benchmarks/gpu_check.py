@@ -368,8 +368,11 @@ def peaks_step(context: Context) -> Outcome:
         capability = torch.cuda.get_device_capability(context.device)
         # Beside the parent's state, so that a restarted child finds it built.
         folder = context.journal.state_path.parent / "peaks"
-        library = peaks.Library(peaks.build(nvcc, capability, folder, context.left()), context.device.index)
-        bench = peaks.Bench(library, capability, load("timing").Timing.from_samples)
+        try:
+            path = peaks.build(nvcc, capability, folder, context.left())
+        except TimeoutError as error:
+            return Outcome("partial", str(error))
+        bench = peaks.Bench(peaks.Library(path, context.device.index), capability, load("timing").Timing.from_samples)
     for peak in peaks.PEAKS:
         if context.left() < 1.0 and not context.dry:
             return Outcome("partial", f"out of time before {peak.name}")

@@ -205,7 +205,8 @@ def command(nvcc: str, capability: Capability, target: Path) -> list[str]:
 
 
 def build(nvcc: str, capability: Capability, folder: Path, limit_s: float | None = None) -> Path:
-    """The library for GPUs of one compute capability, built into ``folder`` unless it is there already."""
+    """The library for GPUs of one compute capability, built into ``folder`` unless it is there already. Raises
+    ``RuntimeError`` with the compiler's first error, or ``TimeoutError``."""
     content = b"".join(source.read_bytes() for source in SOURCES)
     content += " ".join(command(nvcc, capability, Path("peaks.so"))).encode()
     target = folder / f"peaks-{hashlib.sha256(content).hexdigest()[:16]}.so"
@@ -217,7 +218,7 @@ def build(nvcc: str, capability: Capability, folder: Path, limit_s: float | None
     try:
         done = subprocess.run(command(nvcc, capability, partial), capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"nvcc did not finish in {limit_s:.0f} s") from None
+        raise TimeoutError(f"nvcc did not finish in {limit_s:.0f} s") from None
     if done.returncode != 0:
         lines = (done.stderr + done.stdout).strip().splitlines()
         first = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "")

@@ -108,6 +108,10 @@ def test_each_loop_holds_its_instruction_and_nothing_that_waits_for_memory(built
         found = [line for line in loop if "MMA" in opcode(line)]
         assert {opcode(line) for line in found} == {expected}, product.name
         assert len(found) == (16 if product.only else 32), product.name
+        # The clock is read right before and after, with a barrier each.
+        kept = [line for line in kernel.lines if "SR_CLOCK" in line or "BAR.SYNC" in line or line in found]
+        ends = [re.search("BAR|CLOCK", line)[0] for line in (*kept[:2], *kept[-2:])]
+        assert ends == ["BAR", "CLOCK", "BAR", "CLOCK"] and kept[2:-2] == found, product.name
         # Nothing else of weight: no loads, no stores, no moves of operands, one wait of a warpgroup for the chain.
         rest = [opcode(line).split(".")[0] for line in loop if "MMA" not in opcode(line)]
         light = {"UIADD3", "UMOV", "USHF", "ULOP3", "ISETP", "UISETP", "PLOP3", "NOP", "BRA", "WARPGROUP", "IADD3"}
@@ -311,7 +315,7 @@ def test_a_build_that_fails_says_why_and_one_that_is_there_is_kept(tmp_path: Pat
     with pytest.raises(RuntimeError, match=r"^nvcc failed with status 2: peaks.cu\(3\): error: no such thing$"):
         peaks.build(failing, (9, 0), tmp_path / "out")
     slow = compiler(tmp_path / "b", "time.sleep(60)")
-    with pytest.raises(RuntimeError, match="^nvcc did not finish in 1 s$"):
+    with pytest.raises(TimeoutError, match="^nvcc did not finish in 1 s$"):
         peaks.build(slow, (9, 0), tmp_path / "out", limit_s=1)
     good = compiler(tmp_path / "c", "open(sys.argv[-1], 'w').write(' '.join(sys.argv))")
     path = peaks.build(good, (9, 0), tmp_path / "out")
@@ -359,3 +363,9 @@ def test_the_step_measures_what_the_gpu_has_and_names_what_failed(
 
     context.until = 0.0
     assert gpu_check.peaks_step(context) == gpu_check.Outcome("partial", "out of time before mma_fp16")
+
+    def slow(*_: object) -> Path:
+        raise TimeoutError("nvcc did not finish in 9 s")
+
+    monkeypatch.setattr(peaks, "build", slow)
+    assert gpu_check.peaks_step(context) == gpu_check.Outcome("partial", "nvcc did not finish in 9 s")
