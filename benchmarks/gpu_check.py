@@ -351,6 +351,38 @@ def ceilings_step(context: Context) -> Outcome:
     return Outcome()
 
 
+def peaks_step(context: Context) -> Outcome:
+    """Each matrix instruction, memory and launch alone: what a kernel of this package can reach at best."""
+    import peaks
+
+    def unmeasured() -> dict[str, Any]:
+        return {"status": "skipped", "reason": peaks.DRY}
+
+    bench = None
+    if not context.dry:
+        import torch
+
+        nvcc = peaks.find_nvcc()
+        if nvcc is None:
+            return Outcome("skipped", peaks.NO_NVCC)
+        capability = torch.cuda.get_device_capability(context.device)
+        # Beside the parent's state, so that a restarted child finds it built.
+        folder = context.journal.state_path.parent / "peaks"
+        try:
+            path = peaks.build(nvcc, capability, folder, context.left())
+        except TimeoutError as error:
+            return Outcome("partial", str(error))
+        bench = peaks.Bench(peaks.Library(path, context.device.index), capability, load("timing").Timing.from_samples)
+    for peak in peaks.PEAKS:
+        if context.left() < 1.0 and not context.dry:
+            return Outcome("partial", f"out of time before {peak.name}")
+        work = partial(bench.row, peak) if bench else unmeasured
+        context.attempt(f"peak {peak.name}", work, **peaks.describe(peak))
+    if bench is None:
+        return Outcome("skipped", peaks.DRY)
+    return Outcome("failed", f"not measured: {', '.join(bench.failed)}") if bench.failed else Outcome()
+
+
 def linear_step(context: Context) -> Outcome:
     """Every peer on every shape and token count, as far as the time goes; see ``baselines.jobs`` for the
     order."""
@@ -677,6 +709,7 @@ STEPS: dict[str, Step] = {
     "names": Step("first", 1, names_step),
     "environment": Step("first", 1, environment_step),
     "ceilings": Step("first", 5, ceilings_step),
+    "peaks": Step("first", 13, peaks_step),
     "pytest": Step(PARENT, 22, pytest_step),
     "linear": Step("linear", 41, linear_step),
     "models": Step("models", 10, models_step),

@@ -28,9 +28,10 @@ MODES = ("eager", "graph", "compiled")
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Markdown: where it ran, what each step came to, ceilings, linears, models, and what did not work and
+    """Markdown: where it ran, what each step came to, ceilings, peaks, linears, models, and what did not work and
     why."""
-    sections = [_head(rows), _steps(rows), _ceilings(rows), _linears(rows), _models(rows), _troubles(rows)]
+    measured = [_ceilings(rows), peaks(rows), _linears(rows), _models(rows)]
+    sections = [_head(rows), _steps(rows), *measured, _troubles(rows)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -89,6 +90,27 @@ def _ceilings(rows: Sequence[Row]) -> str:
         rate = f"{_number(row['gbps'], 4)} GB/s" if "gbps" in row else rate
         lines.append((row["peer"], _number(row["median_us"]), rate))
     return "## Ceilings\n\n" + _table(("what", "us", "rate"), lines) if lines else ""
+
+
+def peaks(rows: Sequence[Row]) -> str:
+    """What each instruction and transfer reaches alone; in a dry run, what there would be to measure."""
+    lines = []
+    for row in _of(rows, "peak"):
+        if row["status"] != "ok" and not row["dry"]:
+            continue
+        rate = f"{_number(row.get('median_us'))} us"
+        if "tflops" in row:
+            rate = f"{_number(row['tflops'], 4)} T/s"
+        elif "gbps" in row:
+            rate = f"{_number(row['gbps'], 4)} GB/s, {_number(row['bytes_per_cycle'])} B a cycle and SM"
+        ratios = (f"{row[key]:.2f}x" if row.get(key) else "-" for key in ("of_dense", "of_best_dense"))
+        rate = rate if row["status"] == "ok" else "-"
+        lines.append((row["what"], rate, _number(row.get("cycles"), 4), _number(row.get("mhz"), 4), *ratios))
+    if not lines:
+        return ""
+    text = "One instruction or transfer alone. 2:4 counts the dense product it stands for; of a chain, the gap alone."
+    titles = ("what", "rate", "cycles", "MHz", "of its dense twin", "of the best dense")
+    return f"## Peaks\n\n{text}\n\n" + _table(titles, lines)
 
 
 def _floor_us(row: Row, rows: Sequence[Row]) -> float | None:

@@ -16,7 +16,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import gpu_check  # noqa: E402
 import gpu_summary  # noqa: E402
 
-STEPS = ["names", "environment", "ceilings", "pytest", "linear", "models", "compile", "sanitizer", "summary"]
+STEPS = ["names", "environment", "ceilings", "peaks", "pytest", "linear", "models", "compile", "sanitizer", "summary"]
 
 
 def run(script: Path, out: Path, **environment: str) -> tuple[int, list[dict], str]:
@@ -58,6 +58,10 @@ def test_dry_run_walks_every_step(tmp_path: Path):
 
     record = next(row for row in rows if row["kind"] == "environment")
     assert all(row["environment"] == record["environment"] for row in rows if row["at_s"] > record["at_s"])
+
+    found = [row for row in rows if row["kind"] == "peak"]
+    assert len(found) > 50 and {row["status"] for row in found} == {"skipped"}
+    assert not any("us" in key or "cycles" in key for row in found for key in row if key != "status")
 
     linears = [row for row in rows if row["kind"] == "linear"]
     assert {row["status"] for row in linears} == {"ok", "skipped"}
