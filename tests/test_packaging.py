@@ -251,7 +251,7 @@ def test_make_test_installs_once_and_then_only_tests(make, version):
     result, calls = make("test", version=version)
     assert result.returncode == 0, result.stderr
     tools, package, *tests = calls
-    assert tools.endswith("--constraint constraints.txt setuptools wheel")
+    assert tools.endswith("--constraint constraints.txt setuptools wheel ninja pybind11")
     assert package.endswith("--constraint constraints.txt --no-build-isolation --editable .[demo,dev]")
     # Triton's interpreter needs a process of its own.
     assert tests == [
