@@ -40,5 +40,5 @@ PYBIND11_MODULE(_C, module) {
                "version of the CUDA runtime in it.");
     module.def("device_count", &sparsebert::device_count,
                "How many CUDA devices there are; RuntimeError without a driver or without a device.");
-    // The ops, one line each: sparsebert::bind_<op>(module), declared in csrc/<op>/bind.h.
+    // The kernels, one line each: sparsebert::<folder>::bind(module), declared in csrc/<folder>/bind.h.
 }

@@ -81,9 +81,13 @@ def current_build() -> Build | None:
         return None
     if file.read_text(encoding="utf-8") != setup.recipe(setup.architectures(), setup.sources(ROOT), folder, target):
         return None
-    command = [*setup.find_ninja(), "-f", str(folder / "build.ninja"), "-n"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    return Build(ROOT / target, ROOT / folder) if "no work to do" in said else None
+    return None if what_ninja_would_do(folder / "build.ninja", ROOT) else Build(ROOT / target, ROOT / folder)
+
+
+def what_ninja_would_do(file: Path, project: Path) -> list[str]:
+    command = [*setup.find_ninja(), "-f", str(file), "-n"]
+    said = subprocess.run(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    return [line for line in said.splitlines() if "no work to do" not in line]
 
 
 # What ptxas -v says

@@ -26,6 +26,7 @@ from cuda_build import (
     read_log,
     sass,
     setup,
+    what_ninja_would_do,
 )
 
 # Rows of the kernels that are there: which instructions each has to be made of.
@@ -41,7 +42,7 @@ CURRENT = current_build()
 
 def on_the_build(test: Callable) -> Callable:
     """What reads the whole build: slow where `make cuda` has not left a current one."""
-    return needs_nvcc(test if CURRENT else pytest.mark.slow(test))
+    return needs_nvcc(test if CURRENT else pytest.mark.slow(pytest.mark.timeout(1800)(test)))
 
 
 def environment(**settings: str) -> dict[str, str]:
@@ -51,8 +52,7 @@ def environment(**settings: str) -> dict[str, str]:
 
 def run_setup(*arguments: object, cwd: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", *map(str, arguments)]
-    settings = environment(**settings)
-    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=cwd, env=environment(**settings), capture_output=True, text=True, timeout=1800)
 
 
 # Whether to build, and what for
@@ -205,19 +205,23 @@ def test_nothing_is_built_where_it_is_not_wanted(small):
 
 @needs_nvcc
 def test_a_build_does_again_what_has_changed(small, run_python):
-    def compiled() -> list[str]:
-        result = build_small(small)
-        assert result.returncode == 0, result.stdout + result.stderr
-        return sorted(re.findall(r"nvcc (csrc\S+)", result.stdout))
-
-    assert compiled() == ["csrc/module.cpp", "csrc/part/scale.cu"]
+    result = build_small(small)
+    assert result.returncode == 0, result.stdout + result.stderr
     run_python("import sparsebert._C", path=(small,))
     (log,) = small.rglob("scale.cu.o.log")
     (kernel,) = read_log(log.read_text())
     assert (kernel.name, kernel.arch, kernel.faults()) == ("scale(float*)", "80", [])
+
+    def compiled() -> list[str]:
+        again = what_ninja_would_do(small / "build" / "temp" / "build.ninja", small)
+        return [line.partition("nvcc ")[2] for line in again if "nvcc" in line]
+
     assert compiled() == []
-    (small / "csrc/part/factor.h").write_text(HEADER.replace("2", "3"))
+    header = small / "csrc/part/factor.h"
+    times = header.stat()
+    os.utime(header, (times.st_atime, times.st_mtime + 10))
     assert compiled() == ["csrc/part/scale.cu"]
+    os.utime(header, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert compiled() == []
 
 
@@ -273,6 +277,8 @@ def test_the_host_compiler_has_nothing_to_say_either(built):
     assert {source: log for source, log in built.logs().items() if "warning" in log} == {}
 
 
+@pytest.mark.slow  # it takes a disassembly of everything
+@pytest.mark.timeout(900)
 @on_the_build
 @needs_cuobjdump
 def test_kernels_are_made_of_the_instructions_they_were_written_for(built):
@@ -323,7 +329,6 @@ def test_what_needs_a_device_says_that_there_is_none(built, run_python, tmp_path
 REFUSALS = """
 #include <common/errors.h>
 #include <cstdio>
-#include <functional>
 
 // What cuda_runtime_api.h has of this.
 enum Status { ok, bad };
@@ -332,25 +337,16 @@ const char* cudaGetErrorName(Status) { return "cudaErrorNoDevice"; }
 
 int main() {
     using namespace sparsebert;
-    alignas(16) char data[32];
-    for (const std::function<void()>& call : {
-             std::function<void()>([] { check_shape("op", "x", {3, 768}, {3, 768}); }),
-             std::function<void()>([&] { check_aligned("op", "x", data + 16, 16); }),
-             std::function<void()>([] { check_cuda(ok, "op", "launch"); }),
-             std::function<void()>([] { check_shape("op", "x", {3, 100}, {3, 768}); }),
-             std::function<void()>([] { check_shape("op", "scales", {}, {7}); }),
-             std::function<void()>([&] { check_aligned("op", "x", data + 6, 16); }),
-             std::function<void()>([] { refuse("op", "x", "5 dimensions", "2"); }),
-             std::function<void()>([] { check_cuda(bad, "op", "launch"); }),
-         }) {
-        try {
-            call();
-            std::puts("fits");
-        } catch (const std::invalid_argument& error) {
-            std::puts(error.what());
-        } catch (const std::runtime_error& error) {
-            std::printf("RuntimeError %s\\n", error.what());
-        }
+    check_cuda(ok, "op", "launch");
+    try {
+        check_cuda(bad, "op", "launch");
+    } catch (const std::runtime_error& error) {
+        std::puts(error.what());
+    }
+    try {
+        refuse("op", "x has shape (3, 100)", "(3, 768)");
+    } catch (const std::invalid_argument& error) {
+        std::puts(error.what());
     }
 }
 """
@@ -364,12 +360,8 @@ def test_host_code_refuses_in_one_line(tmp_path):
     subprocess.run(command, check=True)
     said = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
     assert said == [
-        *("fits", "fits", "fits"),
+        "op: launch failed: no device is detected (cudaErrorNoDevice)",
         "op: x has shape (3, 100), expected (3, 768)",
-        "op: scales has shape (), expected (7,)",
-        "op: x has an address 6 past a multiple of 16, expected a multiple of 16",
-        "op: x has 5 dimensions, expected 2",
-        "RuntimeError op: launch failed: no device is detected (cudaErrorNoDevice)",
     ]
 
 
