@@ -18,7 +18,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test slow lint types gpu-check install clean
+.PHONY: help demo test slow cuda lint types gpu-check install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test: $(STAMP) ## the tests that need no GPU (under 20 minutes)
 
 slow: $(STAMP) ## the tests that `make test` leaves out for time: builds and installs the package
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_ARGS)
+
+cuda: $(STAMP) ## the CUDA kernels, by nvcc, beside the package: needs no GPU
+	SPARSEBERT_CUDA=1 $(BIN)/python setup.py build_ext --inplace
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -48,17 +51,17 @@ gpu-check: ## GPU tests and baselines with $(PYTHON) as it is; DRY=1 walks the s
 install: $(STAMP) ## only the environment
 
 clean: ## removes builds and caches, keeps .venv
-	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist sparsebert/_C.*.so *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Written last, so a failed install leaves none and the next run tries again. setuptools comes first, pinned, because
-# the package is built with what is in the environment: pip would fetch the newest one for a build of its own.
+# Written last, so a failed install leaves none and the next run tries again. What the package is built with comes
+# first, pinned, because it is taken from the environment: pip would fetch the newest ones for a build of its own.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@rm -f $@
 	@test -x $(BIN)/python || command -v $(PYTHON) >/dev/null || \
 		{ echo "no $(PYTHON) here: name a Python 3.11 to 3.13, as in make PYTHON=/usr/bin/python3.12" >&2; exit 1; }
 	@if test -x $(BIN)/python; then $(BIN)/python -c '$(CHECK_PYTHON)'; else $(PYTHON) -c '$(CHECK_PYTHON)'; fi
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) setuptools wheel
+	$(PIP_INSTALL) setuptools wheel ninja pybind11
 	$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -35,8 +35,9 @@ def run(*command: object, cwd: Path, environment: dict[str, str] | None = None) 
     )
 
 
-def succeed(*command: object, cwd: Path) -> None:
-    result = run(*command, cwd=cwd)
+def succeed(*command: object, cwd: Path, **settings: str) -> None:
+    """Without the CUDA extension, whatever this machine has, unless ``settings`` ask for it."""
+    result = run(*command, cwd=cwd, environment={**os.environ, "SPARSEBERT_CUDA": "0", **settings})
     if result.returncode:
         pytest.fail(f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}", pytrace=False)
 
@@ -93,14 +94,41 @@ def test_wheel_contains_the_library_and_nothing_else(source, distributions):
 
 
 @pytest.mark.slow
-def test_sdist_contains_what_a_build_needs_and_no_tests(distributions):
+def test_sdist_contains_what_a_build_needs_and_no_tests(source, distributions):
     with tarfile.open(distributions[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    needed = {"LICENSE", "README.md", "pyproject.toml", "setup.py", "constraints.txt", "csrc/README.md"}
+    needed = {"LICENSE", "README.md", "pyproject.toml", "setup.py", "constraints.txt"}
+    needed |= {file.relative_to(source).as_posix() for file in (source / "csrc").rglob("*.*")}
+    assert {"csrc/README.md", "csrc/module.cpp"} <= needed
     needed |= {"kernels/README.md", f"kernels/{PROBE}.py", "sparsebert/py.typed", "sparsebert/__init__.py"}
     assert needed - names == set()
     stray = ("tests", "benchmarks", "examples", "sparsebert/kernels")
     assert [name for name in names if name.startswith(stray)] == []
+
+
+@pytest.mark.slow
+def test_only_with_the_cuda_extension_a_wheel_belongs_to_a_platform(source, distributions, tmp_path, run_python):
+    assert distributions[1].name.endswith("-py3-none-any.whl")
+    if not any(shutil.which("nvcc", path=path) for path in (None, "/usr/local/cuda/bin")):
+        pytest.skip("nvcc is not installed")
+    checkout = tmp_path / "checkout"
+    shutil.copytree(source, checkout, symlinks=True, ignore=shutil.ignore_patterns("dist", "csrc"))
+    (checkout / "csrc").mkdir()
+    module = "#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_C, module) { module.doc() = __FILE__; }\n"
+    (checkout / "csrc" / "module.cpp").write_text(module)
+    # The wheel is made of the sdist, so this has its sources too.
+    command = (sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path)
+    succeed(*command, cwd=checkout, SPARSEBERT_CUDA="1", SPARSEBERT_CUDA_ARCHS="80")
+    (wheel,) = tmp_path.glob("*.whl")
+    tag = sys.implementation.cache_tag.replace("cpython-", "cp")
+    assert f"-{tag}-{tag}-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        added = set(archive.namelist())
+    with zipfile.ZipFile(distributions[1]) as archive:
+        added -= set(archive.namelist())
+    assert [Path(name).name.partition(".")[0] for name in added] == ["_C"]
+    run_python("import sparsebert._C", path=(tmp_path / "site",))
 
 
 @pytest.mark.slow
@@ -251,7 +279,7 @@ def test_make_test_installs_once_and_then_only_tests(make, version):
     result, calls = make("test", version=version)
     assert result.returncode == 0, result.stderr
     tools, package, *tests = calls
-    assert tools.endswith("--constraint constraints.txt setuptools wheel")
+    assert tools.endswith("--constraint constraints.txt setuptools wheel ninja pybind11")
     assert package.endswith("--constraint constraints.txt --no-build-isolation --editable .[demo,dev]")
     # Triton's interpreter needs a process of its own.
     assert tests == [

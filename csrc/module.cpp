@@ -1,0 +1,44 @@
+// The Python module sparsebert._C. Importing it touches no driver: it works on a machine without a GPU.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include <common/errors.h>
+
+// The text of a macro's value.
+#define TEXT_OF(...) #__VA_ARGS__
+#define TEXT(...) TEXT_OF(__VA_ARGS__)
+
+namespace py = pybind11;
+
+namespace sparsebert {
+namespace {
+
+py::dict build_info() {
+    // The build hands them over as they were asked for: "80;90a;120".
+    const py::str archs(TEXT(SPARSEBERT_CUDA_ARCHS));
+    py::dict info;
+    info["archs"] = py::tuple(archs.attr("split")(";"));
+    info["cudart"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+    return info;
+}
+
+int device_count() {
+    int count = 0;
+    check_cuda(cudaGetDeviceCount(&count), "device_count", "cudaGetDeviceCount");
+    return count;
+}
+
+}  // namespace
+}  // namespace sparsebert
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "CUDA kernels of sparsebert, on raw pointers, sizes, strides and a stream.";
+    module.def("build_info", &sparsebert::build_info,
+               "What this was built for: archs, compute capabilities as in SPARSEBERT_CUDA_ARCHS, and cudart, the "
+               "version of the CUDA runtime in it.");
+    module.def("device_count", &sparsebert::device_count,
+               "How many CUDA devices there are; RuntimeError without a driver or without a device.");
+    // The kernels, one line each: sparsebert::<folder>::bind(module), declared in csrc/<folder>/bind.h.
+}
