@@ -5,6 +5,8 @@
 #include <string>
 
 #include <common/errors.h>
+#include <nm24/bind.h>
+#include <nm24/launch.h>
 
 // The text of a macro's value.
 #define TEXT_OF(...) #__VA_ARGS__
@@ -40,5 +42,5 @@ PYBIND11_MODULE(_C, module) {
                "version of the CUDA runtime in it.");
     module.def("device_count", &sparsebert::device_count,
                "How many CUDA devices there are; RuntimeError without a driver or without a device.");
-    // The kernels, one line each: sparsebert::<folder>::bind(module), declared in csrc/<folder>/bind.h.
+    sparsebert::nm24::bind(module, &sparsebert::nm24::launch);
 }

@@ -1,6 +1,5 @@
 #include <nm24/bind.h>
 #include <nm24/choose.h>
-#include <nm24/launch.h>
 #include <pybind11/stl.h>
 
 #include <tuple>
@@ -33,69 +32,68 @@ std::pair<int64_t, int> workspace(int tokens, int out_features, int tile, int sp
     return {partial_bytes(problem, solution), counters(problem, solution)};
 }
 
-void linear(
-    int element,
-    int tokens,
-    int in_features,
-    int out_features,
-    int rank,
-    int tile,
-    int splits,
-    uint64_t x,
-    int64_t x_stride,
-    uint64_t values,
-    uint64_t metadata,
-    uint64_t columns,
-    uint64_t t,
-    uint64_t u,
-    uint64_t bias,
-    int bias_number,
-    uint64_t residual,
-    uint64_t x_scale,
-    uint64_t scale,
-    uint64_t output_scale,
-    uint64_t y,
-    int y_number,
-    uint64_t y_scale,
-    uint64_t partial,
-    uint64_t arrivals,
-    int activation,
-    float alpha,
-    int device,
-    uint64_t stream
-) {
-    Call call{};
-    call.problem = {static_cast<Element>(element), tokens, in_features, out_features, rank, 0, 0};
-    call.solution = {tile, splits};
-    call.x = x;
-    call.x_stride = x_stride;
-    call.values = values;
-    call.metadata = metadata;
-    call.columns = columns;
-    call.t = t;
-    call.u = u;
-    call.bias = bias;
-    call.bias_number = static_cast<Number>(bias_number);
-    call.residual = residual;
-    call.x_scale = x_scale;
-    call.scale = scale;
-    call.output_scale = output_scale;
-    call.y = y;
-    call.y_number = static_cast<Number>(y_number);
-    call.y_scale = y_scale;
-    call.partial = partial;
-    call.arrivals = arrivals;
-    call.activation = activation;
-    call.alpha = alpha;
-    call.device = device;
-    call.stream = stream;
-    check(call);
-    launch(call);
-}
-
 }  // namespace
 
-void bind(py::module_& module) {
+void bind(py::module_& module, void (*run)(const Call&)) {
+    const auto linear = [run](
+        int element,
+        int tokens,
+        int in_features,
+        int out_features,
+        int rank,
+        int tile,
+        int splits,
+        uint64_t x,
+        int64_t x_stride,
+        uint64_t values,
+        uint64_t metadata,
+        uint64_t columns,
+        uint64_t t,
+        uint64_t u,
+        uint64_t bias,
+        int bias_number,
+        uint64_t residual,
+        uint64_t x_scale,
+        uint64_t scale,
+        uint64_t output_scale,
+        uint64_t y,
+        int y_number,
+        uint64_t y_scale,
+        uint64_t partial,
+        uint64_t arrivals,
+        int activation,
+        float alpha,
+        int device,
+        uint64_t stream
+    ) {
+        Call call{};
+        call.problem = {static_cast<Element>(element), tokens, in_features, out_features, rank, 0, 0};
+        call.solution = {tile, splits};
+        call.x = x;
+        call.x_stride = x_stride;
+        call.values = values;
+        call.metadata = metadata;
+        call.columns = columns;
+        call.t = t;
+        call.u = u;
+        call.bias = bias;
+        call.bias_number = static_cast<Number>(bias_number);
+        call.residual = residual;
+        call.x_scale = x_scale;
+        call.scale = scale;
+        call.output_scale = output_scale;
+        call.y = y;
+        call.y_number = static_cast<Number>(y_number);
+        call.y_scale = y_scale;
+        call.partial = partial;
+        call.arrivals = arrivals;
+        call.activation = activation;
+        call.alpha = alpha;
+        call.device = device;
+        call.stream = stream;
+        check(call);
+        run(call);
+    };
     module.def(
         "nm24_solutions", &solutions, py::arg("element"), py::arg("tokens"), py::arg("in_features"),
         py::arg("out_features"), py::arg("rank"), py::arg("sms"), py::arg("shared_bytes"),
@@ -106,7 +104,7 @@ void bind(py::module_& module) {
         "Bytes of partial sums and number of zeroed uint32 counters that a call needs."
     );
     module.def(
-        "nm24_linear", &linear, py::kw_only(), py::arg("element"), py::arg("tokens"), py::arg("in_features"),
+        "nm24_linear", linear, py::kw_only(), py::arg("element"), py::arg("tokens"), py::arg("in_features"),
         py::arg("out_features"), py::arg("rank") = 0, py::arg("tile"), py::arg("splits"), py::arg("x"),
         py::arg("x_stride"), py::arg("values"), py::arg("metadata"), py::arg("columns") = 0, py::arg("t") = 0,
         py::arg("u") = 0, py::arg("bias") = 0, py::arg("bias_number") = static_cast<int>(Number::float32),

@@ -1,14 +1,14 @@
+#include <common/errors.h>
 #include <nm24/check.h>
 
-#include <stdexcept>
 #include <string>
 
 namespace sparsebert::nm24 {
 
 namespace {
 
-[[noreturn]] void refuse(const std::string& what, const std::string& expected) {
-    throw std::invalid_argument("nm24_linear: " + what + ", expected " + expected);
+[[noreturn]] void refuse(const std::string& found, const std::string& expected) {
+    sparsebert::refuse("nm24_linear", found, expected);
 }
 
 void check_range(const char* name, int64_t value, int64_t least, int64_t most) {

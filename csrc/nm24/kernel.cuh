@@ -113,8 +113,6 @@ class Linear {
     const int warp_k = thread / 32 / (tile.warps_m * tile.warps_n);
     const int feature_blocks = ceil_div(args.out_features, BLOCK_FEATURES);
     const int input_blocks = ceil_div(args.in_features, INPUTS);
-    const int x_stages = ceil_div(input_blocks, tile.warps_k);
-    const int split = block_y();
 
     int feature_tile;
     int token_tile;
@@ -128,11 +126,12 @@ class Linear {
     SB_DEVICE explicit Linear(const Arguments& arguments) : args(arguments), shared(shared_memory()) {
         place();
         feature_block = feature_tile * tile.warps_m + warp_m;
+        const int x_stages = ceil_div(input_blocks, tile.warps_k);
         const int per_split = ceil_div(x_stages, args.splits);
-        first_stage = split * per_split;
+        first_stage = block_y() * per_split;
         own_x_stages = x_stages - first_stage;
         own_x_stages = own_x_stages < 0 ? 0 : own_x_stages < per_split ? own_x_stages : per_split;
-        own_stages = own_x_stages + (split == 0 ? ceil_div(args.rank, tile.warps_k * INPUTS) : 0);
+        own_stages = own_x_stages + (block_y() == 0 ? ceil_div(args.rank, tile.warps_k * INPUTS) : 0);
     }
 
     SB_DEVICE void run() {
@@ -277,22 +276,20 @@ class Linear {
     // Columns of x that the weight was compacted to: no copy of consecutive bytes, so through registers. (int8: the rows
     // are quantized from what was gathered before.)
     SB_DEVICE void gather_chunk(uint8_t* to, const X* row, int input, int valid) {
-        Words4 chunk = {};
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < PER_CHUNK; ++i) {
-            if (i < valid) {
-                const X element = load_global(row + load_global(args.columns + input + i));
-                chunk.word[i / 2] |= uint32_t{element.bits} << i % 2 * 16;
-            }
+            const X element = i < valid ? load_global(row + load_global(args.columns + input + i)) : X{};
+            store_shared(reinterpret_cast<X*>(to) + i, element);
         }
-        store_shared(reinterpret_cast<Words4*>(to), chunk);
     }
 
     // The warp's block of inputs in one of its stages.
     SB_DEVICE int block_of(int stage) { return (first_stage + stage) * tile.warps_k + warp_k; }
 
     SB_DEVICE bool has_weight(int stage) {
-        return stage < own_x_stages && feature_block < feature_blocks && block_of(stage) < input_blocks;
+        // One warp along the inputs has a block in each stage.
+        return stage < own_x_stages && feature_block < feature_blocks &&
+               (tile.warps_k == 1 || block_of(stage) < input_blocks);
     }
 
     // Where two warps want the same weights, the second finds them in the L1.
@@ -423,7 +420,7 @@ class Linear {
         constexpr int COUNT = tile.tokens * QUADS;
         Words4* all = args.partial + static_cast<int64_t>(block_x()) * args.splits * COUNT;
         for (int i = thread; i < COUNT; i += tile.threads())
-            store_global(all + split * COUNT + i, load_shared(quad_at(i)));
+            store_global(all + block_y() * COUNT + i, load_shared(quad_at(i)));
         fence_device();
         sync_block();
         // Where the first sum was: nobody needs the tile any more, the last block reads its own back.
