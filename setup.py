@@ -66,11 +66,11 @@ def architectures() -> list[str]:
 
 
 def find_ninja() -> list[str]:
-    if program := shutil.which("ninja"):
-        return [program]
-    # Installed by pip into an environment that is not activated.
+    # What pip installed comes first: its environment need not be activated, and another version would start over.
     if importlib.util.find_spec("ninja"):
         return [sys.executable, "-m", "ninja"]
+    if program := shutil.which("ninja"):
+        return [program]
     raise ExecError("building sparsebert._C needs ninja: pip install ninja")
 
 

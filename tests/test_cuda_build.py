@@ -156,6 +156,15 @@ def test_what_cannot_be_met_ends_setup_in_one_line(tmp_path, variables, said):
     assert (result.returncode, result.stdout, result.stderr) == (1, "", said + "\n")
 
 
+@pytest.mark.parametrize(("tool", "find"), [("ninja", setup.find_ninja), ("pybind11", setup.pybind11_headers)])
+def test_a_tool_that_is_missing_is_named(monkeypatch, tool, find):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, tool, None)
+    with pytest.raises(setup.ExecError, match=f"^building sparsebert._C needs {tool}: pip install {tool}$"):
+        find()
+
+
 # The build, on sources of a few lines
 
 HEADER = "#pragma once\n#define FACTOR 2\n"

@@ -290,6 +290,13 @@ def test_make_test_installs_once_and_then_only_tests(make, version):
     assert calls == tests
 
 
+def test_make_cuda_asks_for_the_build(make):
+    result, calls = make("cuda")
+    assert result.returncode == 0, result.stderr
+    assert calls[2:] == ["setup.py build_ext --inplace"]
+    assert "SPARSEBERT_CUDA=1 " in result.stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt", "setup.py"])
 def test_make_installs_again_when_requirements_change(make, changed):
     make("install")
