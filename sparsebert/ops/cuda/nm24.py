@@ -123,7 +123,8 @@ def linear(
     if not y.numel():
         return y
     c = extension.load()
-    partial, arrivals = _workspace(c, x, tokens, out_features, config)
+    place = _place_of(x)
+    partial, arrivals = _workspace(c, x, tokens, out_features, config, place)
     # What is made here lives until the call is launched; after that the stream's order keeps it.
     c.nm24_linear(
         element=_ELEMENTS[x.dtype],
@@ -153,8 +154,8 @@ def linear(
         arrivals=_address(arrivals),
         activation=_ACTIVATIONS[activation],
         alpha=alpha,
-        device=x.device.index,
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
+        device=place.device,
+        stream=place.stream,
     )
     return y
 
@@ -171,22 +172,35 @@ def _aligned(x: Tensor, columns: Tensor | None) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+class _Place(NamedTuple):
+    """Where a call is launched, and whether a CUDA graph is being captured there."""
+
+    device: int
+    stream: int
+    capturing: bool
+
+
+def _place_of(x: Tensor) -> _Place:
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    return _Place(x.device.index, stream, torch.cuda.is_current_stream_capturing())
+
+
 # Zeros that a call leaves as it found them, by device and stream: calls of a stream follow each other.
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
 def _workspace(
-    c: Any, x: Tensor, tokens: int, out_features: int, config: Config
+    c: Any, x: Tensor, tokens: int, out_features: int, config: Config, place: _Place
 ) -> tuple[Tensor | None, Tensor | None]:
     """Room for the partial sums of a split product, and its counters."""
     if config.splits == 1:
         return None, None
     size, count = c.nm24_workspace(tokens=tokens, out_features=out_features, tile=config.tile, splits=config.splits)
     partial = torch.empty(size, dtype=torch.uint8, device=x.device)
-    if torch.cuda.is_current_stream_capturing():
+    if place.capturing:
         # A graph runs on any stream, at any time: it has counters of its own.
         return partial, torch.zeros(count, dtype=torch.int32, device=x.device)
-    key = (x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
+    key = (place.device, place.stream)
     held = _counters.get(key)
     if held is None or len(held) < count:
         held = _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
