@@ -29,9 +29,20 @@ from cuda_build import (
     what_ninja_would_do,
 )
 
-# Rows of the kernels that are there: which instructions each has to be made of.
+# Which instructions each kernel has to be made of. By type of x: the products, sparse and (for a low-rank part) dense.
+PRODUCTS = [
+    (0, ["HMMA.SP.16832.F32", "HMMA.16816.F32"]),
+    (1, ["HMMA.SP.16832.F32.BF16", "HMMA.16816.F32.BF16"]),
+    (2, ["IMMA.SP.16864.S8.S8"]),
+]
+NM24 = "nm24_linear_kernel<.*Element.{}, {}, .*Access.{}>"
 EXPECTED = [
-    # expect("nm24_linear_kernel<.*Half", "90a", ["HMMA.SP.16832.F32", "LDGSTS.E.BYPASS.128"], absent=["LDL", "STL"]),
+    expect(NM24.format(element, tile, access), arch, [*products, load, copy, "LDSM.16.M88.4"], absent=["LDL", "STL"])
+    for arch in ("80", "90a", "120")
+    for element, products in PRODUCTS
+    # Weights past the L1, but where two warps read the same ones.
+    for tile, load in (("[0-3]", "LDG.E.NA.128.CONSTANT"), ("[45]", "LDG.E.128.CONSTANT"))
+    for access, copy in ((0, "LDGSTS.E.BYPASS.128"), (1, "LDGSTS.E"))
 ]
 
 needs_nvcc = pytest.mark.skipif(setup.find_nvcc() is None, reason="nvcc is not installed")
