@@ -302,6 +302,17 @@ def test_columns_are_gathered(machine, dtype, tile):
     check(y, x[:, columns].contiguous(), dense, None)
 
 
+def test_a_solution_hands_columns_to_the_kernel_alone_where_it_gathers(machine):
+    columns = torch.arange(3, 99, dtype=torch.int32)
+    dense, weight = weight_of(70, 96, torch.float16)
+    x = x_of(9, 100, torch.float16)
+    problem = select.Problem(MMA_SP, H200, torch.float16, NMSpec(2, 4, 96, 70), 9, "none")
+    cuda, reference = (select.solutions(found, problem)[0] for found in select.candidates("nm_linear", MMA_SP))
+    assert cuda.candidate.gathers and not reference.candidate.gathers
+    for solution in (cuda, reference):
+        check(solution.run(x, list(weight), None, problem, columns), x[:, 3:99].contiguous(), dense, None)
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int8], ids=str)
 def test_rows_that_are_not_contiguous(machine, dtype):
     dense, (values, metadata) = weight_of(64, 64, dtype)

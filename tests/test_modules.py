@@ -689,6 +689,8 @@ def test_columns_are_gathered(layout, bias):
     assert (module.in_features, module.spec.in_features) == (64, 48)
     x = torch.randn(2, 3, 64)
     torch.testing.assert_close(module(x), linear(x))
+    with pytest.raises(ValueError, match=r"^nm_linear: x has shape \(2, 3, 60\), expected \(\.\.\., 64\)"):
+        module(x[..., :60])
     # What is not read may be anything.
     poisoned = torch.full_like(x, math.nan)
     poisoned[..., module.columns.long()] = x[..., module.columns.long()]

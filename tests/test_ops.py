@@ -668,3 +668,48 @@ def test_labels_say_what_a_weight_is():
         "int8 static 1:4",
     )
     assert NMSpec(2, 4, 8, 8).label == "2:4" and labels["dense"] == "dense"
+
+
+# Columns of x
+
+
+def columns_case(kind, dtype):
+    """A made weight, a wider x, and the columns of it that the weight has."""
+    made = make(kind, dtype)
+    wide = made.spec.in_features + 24
+    generator = torch.Generator().manual_seed(3)
+    columns = torch.sort(torch.randperm(wide, generator=generator)[: made.spec.in_features]).values.to(torch.int32)
+    return made, torch.randn(2, 5, wide, generator=generator, dtype=torch.float64).to(dtype), columns
+
+
+@pytest.mark.parametrize(("kind", "layout"), LEAD_PAIRS)
+def test_columns_are_those_of_x_gathered(kind, layout):
+    made, x, columns = columns_case(kind, torch.float32)
+    y = run(made, layout, x, made.bias, columns=columns)
+    assert torch.equal(y, run(made, layout, x.index_select(-1, columns), made.bias))
+    arguments = (x, held(made, layout), made.bias, columns)
+    torch.library.opcheck(op_of(made), arguments, {"layout": layout, **made.spec._asdict()})
+
+
+@pytest.mark.parametrize("kind", FLOAT_KINDS)
+def test_gradients_go_to_the_columns(kind):
+    made, x, columns = columns_case(kind, torch.float64)
+    weight = held(made, "neutral", torch.float64)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: run(made, "neutral", x, columns=columns, weight=weight), (x,))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda c: c[:-1], ValueError, r"columns has shape \(\d+,\), expected \(\d+,\)"),
+        (lambda c: c.long(), TypeError, "columns is torch.int64, expected torch.int32"),
+        (lambda c: c.to("meta"), ValueError, "columns is on meta, expected cpu as x"),
+    ],
+)
+def test_columns_that_do_not_fit(change, error, text):
+    made, x, columns = columns_case("nm-2:4", torch.float32)
+    with pytest.raises(error, match=f"^nm_linear: {text}"):
+        run(made, "neutral", x, columns=change(columns))
+    with pytest.raises(ValueError, match=r"^nm_linear: x has shape \(4,\), expected \(..., \d+ or more\)"):
+        run(made, "neutral", x[0, 0, :4], columns=columns)

@@ -296,12 +296,15 @@ class PackedLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)`` in the module's dtype."""
         activation = self.activation
-        if self.columns is not None and not self.compact_input:
-            x = x.index_select(-1, self.columns)
+        columns = None if self.compact_input else self.columns
+        if columns is not None and x.shape[-1:] != (self.in_features,):
+            # Where a kernel takes the columns, nothing else would see that they are not there.
+            raise ValueError(f"{self.spec.op}: x has shape {tuple(x.shape)}, expected (..., {self.in_features})")
         if self.layout in self.plain_layouts and not select.may_be_forced():
             # Called directly, torch's own linear costs no op overhead, and compilers can fuse it.
             weight = self._tensor(self._names[0])
             if not weight.requires_grad:
+                x = x if columns is None else x.index_select(-1, columns)
                 return activate(F.linear(x, weight, self.bias), activation)
         # The derivative of an activation needs its input, which the fused op does not keep.
         fused = activation == "none" or not torch.is_grad_enabled()
@@ -309,6 +312,7 @@ class PackedLinear(nn.Module, ABC):
             x,
             self._weight(),
             self.bias,
+            columns,
             layout=self.layout,
             activation=activation if fused else "none",
             **self._sizes,

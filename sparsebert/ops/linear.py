@@ -1,10 +1,13 @@
 """The one shape of every op of the package: ``y = activation(x Wᵀ + b)`` with W held in one of its layouts.
 
-``op(Tensor x, Tensor[] weight, Tensor? bias, *, str layout, <the spec's fields>, str activation="none") -> Tensor``
+``op(Tensor x, Tensor[] weight, Tensor? bias, Tensor? columns=None, *, str layout, <the spec's fields>, str
+activation="none") -> Tensor``
 
 - ``x (..., in_features)`` in any floating dtype of the format, contiguous or not, possibly empty;
 - ``weight``: the tensors of ``layout`` (``ops.layouts``), those of dtype COMPUTE in x's dtype;
 - ``bias (out_features)`` in x's dtype, or None;
+- ``columns int32 (in_features)``: x is ``(..., wider)``, and these columns of it are taken, strictly ascending and in
+  range, which is trusted. A kernel that can takes them as it reads x; for the others they are gathered before;
 - result ``(..., out_features)``, contiguous, in x's dtype.
 
 Beside each op stands ``<op>_unpack``, the dense weight of a held layout.
@@ -38,25 +41,40 @@ def define(library: torch.library.Library, op: str, spec_type: type[Spec]) -> No
     fields = ", ".join(f"{_SCHEMA_TYPES[str(kind)]} {name}" for name, kind in _fields(spec_type))
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define(
-        f"{op}(Tensor x, Tensor[] weight, Tensor? bias, *, str layout, {fields}, str activation='none') -> Tensor",
+        f"{op}(Tensor x, Tensor[] weight, Tensor? bias, Tensor? columns=None, *, str layout, {fields}, "
+        "str activation='none') -> Tensor",
         tags=tags,
     )
     library.define(f"{op}_unpack(Tensor[] weight, *, str layout, {fields}, ScalarType dtype) -> Tensor", tags=tags)
 
     def run(
-        x: Tensor, weight: list[Tensor], bias: Tensor | None, *, layout: str, activation: str = "none", **sizes: Any
+        x: Tensor,
+        weight: list[Tensor],
+        bias: Tensor | None,
+        columns: Tensor | None = None,
+        *,
+        layout: str,
+        activation: str = "none",
+        **sizes: Any,
     ) -> Tensor:
         spec = spec_type(**sizes)
-        check(x, weight, bias, layout, spec, activation)
+        check(x, weight, bias, layout, spec, activation, columns=columns)
         problem = select.problem_of(spec, layout, x, activation)
-        y = select.choose(problem).run(x, weight, bias, problem)
+        y = select.choose(problem).run(x, weight, bias, problem, columns)
         return y if y.is_contiguous() else y.contiguous()
 
     def fake(
-        x: Tensor, weight: list[Tensor], bias: Tensor | None, *, layout: str, activation: str = "none", **sizes: Any
+        x: Tensor,
+        weight: list[Tensor],
+        bias: Tensor | None,
+        columns: Tensor | None = None,
+        *,
+        layout: str,
+        activation: str = "none",
+        **sizes: Any,
     ) -> Tensor:
         spec = spec_type(**sizes)
-        check(x, weight, bias, layout, spec, activation)
+        check(x, weight, bias, layout, spec, activation, columns=columns)
         return x.new_empty((*x.shape[:-1], spec.out_features))
 
     def unpack(weight: list[Tensor], *, layout: str, dtype: torch.dtype, **sizes: Any) -> Tensor:
@@ -85,6 +103,7 @@ def check(
     spec: Spec,
     activation: str,
     *,
+    columns: Tensor | None = None,
     op: str | None = None,
     x_name: str = "x",
     quantized: bool = False,
@@ -99,7 +118,9 @@ def check(
     layouts.get(spec.op, layout)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if x.dim() < 1 or x.shape[-1] != spec.in_features:
+    if columns is not None:
+        check_columns(op, columns, spec.in_features, x)
+    elif x.dim() < 1 or x.shape[-1] != spec.in_features:
         raise ValueError(f"{op}: {x_name} has shape {tuple(x.shape)}, expected (..., {spec.in_features})")
     if quantized:
         if x.dtype != torch.int8:
@@ -141,6 +162,18 @@ def check(
             raise ValueError(f"{op}: bias is on {bias.device}, expected {device} as {x_name}")
 
 
+def check_columns(op: str, columns: Tensor, in_features: int, x: Tensor) -> None:
+    """``ValueError`` or ``TypeError`` where ``columns`` cannot be columns of x; which they are is not looked at."""
+    if columns.dim() != 1 or columns.shape[0] != in_features:
+        raise ValueError(f"{op}: columns has shape {tuple(columns.shape)}, expected ({in_features},)")
+    if columns.dtype != torch.int32:
+        raise TypeError(f"{op}: columns is {columns.dtype}, expected torch.int32")
+    if columns.device != x.device:
+        raise ValueError(f"{op}: columns is on {columns.device}, expected {x.device} as x")
+    if x.dim() < 1 or x.shape[-1] < in_features:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (..., {in_features} or more), to take columns")
+
+
 def _fields(spec_type: type[Spec]) -> list[tuple[str, str]]:
     """Names of the fields and of their types; the annotations are text there."""
     return [(name, _type_name(spec_type.__annotations__[name])) for name in spec_type._fields]
@@ -158,7 +191,8 @@ def _compute_tensors(weight: list[Tensor], spec: Spec, layout: str) -> list[tupl
 
 def _setup_context(op: str) -> Any:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-        _x, weight, _bias = inputs
+        # Inputs that keep their default are left out where a graph is traced.
+        x, weight, columns = inputs[0], inputs[1], inputs[3] if len(inputs) > 3 else None
         kwargs = dict(keyword_only_inputs)
         activation = kwargs.pop("activation")
         if activation != "none":
@@ -171,15 +205,15 @@ def _setup_context(op: str) -> Any:
                 f"{op}: weight (layout {kwargs['layout']!r}) requires grad, but packed weights are not trainable; "
                 f"train the dense model with a method of sparsebert.methods, or call decompress_ first"
             )
-        ctx.save_for_backward(*weight)
-        ctx.op, ctx.weight_kwargs = op, kwargs
+        ctx.save_for_backward(columns, *weight)
+        ctx.op, ctx.weight_kwargs, ctx.x_features = op, kwargs, x.shape[-1]
 
     return setup_context
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[None], Tensor | None]:
-    weight = list(ctx.saved_tensors)
-    needs_x, _, needs_bias = ctx.needs_input_grad
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    columns, *weight = ctx.saved_tensors
+    needs_x, _, needs_bias, *others = ctx.needs_input_grad
     grad_x = grad_bias = None
     if needs_x:
         # An op may not return one of its inputs, so the dense layout is used as it is.
@@ -188,16 +222,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[None], Tensor
         else:
             dense = getattr(torch.ops.sparsebert, f"{ctx.op}_unpack")(weight, **ctx.weight_kwargs, dtype=grad.dtype)
         grad_x = grad @ dense
+        if columns is not None:
+            grad_x = grad_x.new_zeros((*grad_x.shape[:-1], ctx.x_features)).index_copy(-1, columns.long(), grad_x)
     if needs_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, [None] * len(weight), grad_bias
+    return grad_x, [None] * len(weight), grad_bias, *(None for _ in others)
 
 
 def _autocast(op: str, spec_type: type[Spec], device_type: str) -> Any:
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
 
     def cast_and_run(
-        x: Tensor, weight: list[Tensor], bias: Tensor | None, *, layout: str, activation: str = "none", **sizes: Any
+        x: Tensor,
+        weight: list[Tensor],
+        bias: Tensor | None,
+        columns: Tensor | None = None,
+        *,
+        layout: str,
+        activation: str = "none",
+        **sizes: Any,
     ) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(keyset):
             if x.dtype != torch.float64:
@@ -210,6 +253,7 @@ def _autocast(op: str, spec_type: type[Spec], device_type: str) -> Any:
                         dtype = tensor.dtype
                 x = x.to(dtype)
                 bias = None if bias is None else bias.to(dtype)
-            return getattr(torch.ops.sparsebert, op)(x, weight, bias, layout=layout, activation=activation, **sizes)
+            run = getattr(torch.ops.sparsebert, op)
+            return run(x, weight, bias, columns, layout=layout, activation=activation, **sizes)
 
     return cast_and_run

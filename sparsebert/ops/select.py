@@ -63,7 +63,8 @@ class Candidate:
     problem)`` the result.
 
     A kernel that can be configured has ``configurations(problem)``: named tuples that all run on the problem's device,
-    the estimated best first; ``run`` then takes one as ``configuration``.
+    the estimated best first; ``run`` then takes one as ``configuration``. One that ``gathers`` takes ``columns`` of x
+    as it reads it.
     """
 
     op: str
@@ -73,6 +74,7 @@ class Candidate:
     supports: Callable[[Problem], str | None]
     run: Callable[..., Any]
     configurations: Callable[[Problem], Sequence[Any]] | None = None
+    gathers: bool = False
 
 
 class Solution(NamedTuple):
@@ -100,9 +102,19 @@ class Solution(NamedTuple):
         return {} if self.configuration is None else {"configuration": self.configuration}
 
     def run(
-        self, x: torch.Tensor, weight: list[torch.Tensor], bias: torch.Tensor | None, problem: Problem
+        self,
+        x: torch.Tensor,
+        weight: list[torch.Tensor],
+        bias: torch.Tensor | None,
+        problem: Problem,
+        columns: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.candidate.run(x, weight, bias, problem, **self.options)
+        """The result; ``columns``: those of x that the weight has."""
+        if columns is None:
+            return self.candidate.run(x, weight, bias, problem, **self.options)
+        if self.candidate.gathers:
+            return self.candidate.run(x, weight, bias, problem, columns=columns, **self.options)
+        return self.candidate.run(x.index_select(-1, columns), weight, bias, problem, **self.options)
 
 
 _candidates: dict[tuple[str, str], list[Candidate]] = {}
@@ -152,7 +164,7 @@ def may_be_forced() -> bool:
 
 def problem_of(spec: Any, layout: str, x: torch.Tensor, activation: str) -> Problem:
     """The problem of one call with the rows ``x``."""
-    tokens = x.numel() // max(1, spec.in_features)
+    tokens = x.numel() // max(1, x.shape[-1])
     return Problem(layout, describe(x.device), x.dtype, spec, tokens, activation)
 
 

@@ -67,7 +67,13 @@ layouts.add(
 
 
 def _nm_linear(
-    x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem, *, configuration: Config
+    x: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    problem: Problem,
+    *,
+    configuration: Config,
+    columns: Tensor | None = None,
 ) -> Tensor:
     spec: NMSpec = problem.spec
     values, metadata = weight
@@ -80,11 +86,12 @@ def _nm_linear(
         out_features=spec.out_features,
         activation=problem.activation,
         config=configuration,
+        columns=columns,
     )
     return y.view(*x.shape[:-1], spec.out_features)
 
 
-select.add_candidate(Candidate(nm.OP, MMA_SP, "cuda", _TEXT, _serves, _nm_linear, configurations))
+select.add_candidate(Candidate(nm.OP, MMA_SP, "cuda", _TEXT, _serves, _nm_linear, configurations, gathers=True))
 select.add_candidate(reference.unpacked(nm.OP, MMA_SP))
 
 
