@@ -9,10 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import simt_build
+import sparsebert as sb
+import tiny_models
 from closeness import check
 from sparsebert.formats import int8, mma_sp, nm
+from sparsebert.nn import PackedLinear
 from sparsebert.ops import layouts, select
 from sparsebert.ops.activations import ACTIVATIONS
 from sparsebert.ops.cuda import extension, nm24
@@ -422,7 +426,7 @@ def test_where_it_runs(machine):
     fours=st.integers(1, 2000),
     out_features=st.integers(1, 8192),
     shared=st.sampled_from([48 << 10, 99 << 10, 227 << 10]),
-    sms=st.sampled_from([20, 58, 108, 132]),
+    sms=st.sampled_from([0, 20, 58, 108, 132]),
 )
 def test_solutions_fit_their_device(element, tokens, fours, out_features, shared, sms):
     module = simt_build.build("nm24_linear", SOURCES)
@@ -437,9 +441,79 @@ def test_solutions_fit_their_device(element, tokens, fours, out_features, shared
         assert (size, counters) == ((0, 0) if splits == 1 else (4 * blocks * splits * features * width, blocks))
 
 
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda m: m.nm24_solutions(3, 1, 64, 64, 0, 132, 0), "element is 3, expected 0 to 2"),
+        (lambda m: m.nm24_solutions(0, 0, 64, 64, 0, 132, 0), "tokens is 0, expected 1 to"),
+        (lambda m: m.nm24_solutions(0, 1, 63, 64, 0, 132, 0), "in_features is 63, expected a multiple of 4"),
+        (lambda m: m.nm24_workspace(1, 64, 6, 1), "tile is 6, expected 0 to 5"),
+        (lambda m: m.nm24_workspace(1, 64, 0, 0), "splits is 0, expected 1 to 16"),
+    ],
+)
+def test_sizes_that_cannot_be(machine, call, text):
+    with pytest.raises(ValueError, match=f"^nm24_linear: {text}"):
+        call(machine)
+
+
 def test_the_estimate_wastes_little(machine):
     """Few tokens take a narrow tile and splits, many the widest tile and none."""
     tile, _, width, splits = machine.nm24_solutions(0, 1, 3072, 768, 0, 132, 227 << 10)[0]
     assert width == 8 and splits > 1
     tile, _, width, splits = machine.nm24_solutions(0, 16384, 768, 3072, 0, 132, 227 << 10)[0]
     assert width == 128 and splits == 1
+
+
+# Modules
+
+
+@pytest.fixture
+def cpu_is_served(monkeypatch):
+    """The kernel's backend takes CPU tensors, as the machine does."""
+    monkeypatch.setattr(extension, "refusal", lambda device: None)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        sb.NMConfig(2, 4),
+        sb.NMConfig(1, 4),
+        sb.NMConfig(2, 4, columns=0.5),
+        sb.Int8Config("dynamic", sb.NMConfig(2, 4)),
+        sb.LowRankSparseConfig(rank=3, sparse=sb.NMConfig(2, 4)),
+    ],
+    ids=str,
+)
+def test_a_model_runs_on_the_kernel_alone(cpu_is_served, packed):
+    """Held in ``mma_sp``: the numbers of the reference, and the neutral tensors to the bit."""
+    model = tiny_models.tiny_model().half().eval()
+    sb.compress_(model, packed)
+    layers = [
+        module for module in model.modules() if isinstance(module, PackedLinear) and module.spec.op != "dense_linear"
+    ]
+    for layer in layers:
+        layer.prepare_("neutral")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        expected = tiny_models.outputs(model)
+        for layer in layers:
+            layer.prepare_(MMA_SP)
+            assert layer.layout == MMA_SP
+        with sb.backend("cuda"):
+            y = tiny_models.outputs(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    # Another order of sums, through two layers with their norms.
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    assert not torch.equal(y, torch.zeros_like(y))
+
+
+def test_explain_names_tile_and_splits(cpu_is_served):
+    model = nn.Sequential(nn.Linear(768, 3072)).half()
+    sb.compress_(model, {"0": sb.NMConfig(2, 4)})
+    model[0].prepare_(MMA_SP)
+    (layer,) = sb.explain(model).layers
+    assert layer.layout == MMA_SP and layer.kernel.startswith(
+        "cuda (CUDA: 2:4 on the sparse tensor cores by mma.sp; tile "
+    )
+    assert layer.kernel.endswith(": estimated)")

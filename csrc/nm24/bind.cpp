@@ -15,6 +15,7 @@ std::vector<std::tuple<int, int, int, int>> solutions(
     int element, int tokens, int in_features, int out_features, int rank, int sms, int shared_bytes
 ) {
     const Problem problem{static_cast<Element>(element), tokens, in_features, out_features, rank, sms, shared_bytes};
+    check(problem);
     std::vector<std::tuple<int, int, int, int>> found;
     for (const Solution& solution : choose(problem)) {
         const Tile& tile = TILES[solution.tile];
@@ -27,8 +28,11 @@ std::vector<std::tuple<int, int, int, int>> solutions(
 std::pair<int64_t, int> workspace(int tokens, int out_features, int tile, int splits) {
     Problem problem{};
     problem.tokens = tokens;
+    problem.in_features = 4;
     problem.out_features = out_features;
     const Solution solution{tile, splits};
+    check(problem);
+    check(solution);
     return {partial_bytes(problem, solution), counters(problem, solution)};
 }
 

@@ -38,18 +38,28 @@ bool is_wide(const Call& call) {
     return !call.columns && bits % 16 == 0;
 }
 
-void check(const Call& call) {
-    const Problem& problem = call.problem;
-    const bool integer = problem.element == Element::int8;
+void check(const Problem& problem) {
     constexpr int64_t MOST = int64_t{1} << 30;
+    check_range("element", static_cast<int>(problem.element), 0, 2);
     check_range("tokens", problem.tokens, 1, MOST);
     check_range("in_features", problem.in_features, 4, MOST);
     check_multiple("in_features", problem.in_features, 4);
     check_range("out_features", problem.out_features, 1, MOST);
-    check_range("rank", problem.rank, 0, integer ? 0 : MOST);
+    check_range("rank", problem.rank, 0, problem.element == Element::int8 ? 0 : MOST);
     check_multiple("rank", problem.rank, RANK_STEP);
-    check_range("tile", call.solution.tile, 0, TILE_COUNT - 1);
-    check_range("splits", call.solution.splits, 1, MOST_SPLITS);
+    check_range("sms", problem.sms, 0, MOST);
+}
+
+void check(const Solution& solution) {
+    check_range("tile", solution.tile, 0, TILE_COUNT - 1);
+    check_range("splits", solution.splits, 1, MOST_SPLITS);
+}
+
+void check(const Call& call) {
+    const Problem& problem = call.problem;
+    check(problem);
+    const bool integer = problem.element == Element::int8;
+    check(call.solution);
     const Tile& tile = TILES[call.solution.tile];
     const int64_t tiles = int64_t{ceil_div(problem.out_features, tile.features())} * ceil_div(problem.tokens, tile.tokens);
     check_range("the number of tiles", tiles, 1, (int64_t{1} << 31) - 1);

@@ -21,6 +21,8 @@ struct Call {
 };
 
 // std::invalid_argument, worded `nm24_linear: <tensor> ..., expected ...`, where something does not fit.
+void check(const Problem& problem);
+void check(const Solution& solution);
 void check(const Call& call);
 
 // Whether every row of x begins at a multiple of 16 bytes and is read in one piece.

@@ -14,7 +14,10 @@ constexpr double STAGE_CLOCKS = 120;     // a barrier and what the pipeline does
 constexpr double BLOCK_CLOCKS = 3000;    // first loads, the transposed sums, the result
 constexpr double SPLIT_CLOCKS = 1500;    // a round trip to the workspace
 constexpr int BLOCKS_A_SM = 2;
+constexpr int SMS = 132;  // of a device that does not say
 constexpr int MOST_SOLUTIONS = 12;
+
+int sms_of(const Problem& problem) { return problem.sms ? problem.sms : SMS; }
 
 int stages_of(const Problem& problem, const Tile& tile) {
     return ceil_div(ceil_div(problem.in_features, block_inputs(problem.element)), tile.warps_k);
@@ -27,9 +30,9 @@ double clocks(const Problem& problem, const Solution& solution) {
     const double bytes = (tile.features() * 72.0 + tile.tokens * 128.0) * tile.warps_k;
     const double stage = std::max(products * PRODUCT_CLOCKS, bytes / BYTES_A_CLOCK) + STAGE_CLOCKS;
     const int blocks = tiles_of(problem, tile) * solution.splits;
-    const int at_once = BLOCKS_A_SM * problem.sms;
+    const int at_once = BLOCKS_A_SM * sms_of(problem);
     // Blocks that share a multiprocessor share its products and loads, not their waiting.
-    const int sharing = std::min(BLOCKS_A_SM, ceil_div(blocks, problem.sms));
+    const int sharing = std::min(BLOCKS_A_SM, ceil_div(blocks, sms_of(problem)));
     const int stages = ceil_div(stages_of(problem, tile), solution.splits);
     const double splitting = solution.splits > 1 ? SPLIT_CLOCKS + 150.0 * solution.splits : 0;
     return ceil_div(blocks, at_once) * (stages * stage * sharing + BLOCK_CLOCKS + splitting);
@@ -44,7 +47,7 @@ std::vector<Solution> choose(const Problem& problem) {
         const int stages = stages_of(problem, TILES[tile]);
         for (int splits = 1; splits <= std::min(stages, MOST_SPLITS); splits *= 2) {
             // Enough blocks without splitting further.
-            if (splits > 1 && tiles_of(problem, TILES[tile]) * splits > 4 * problem.sms) break;
+            if (splits > 1 && tiles_of(problem, TILES[tile]) * splits > 4 * sms_of(problem)) break;
             found.push_back({tile, splits});
         }
     }

@@ -57,7 +57,8 @@ constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 // Most parts that the inputs are divided into.
 constexpr int MOST_SPLITS = 16;
 
-// Sizes of one call. `rank` is that of a low-rank part, 0 for none.
+// Sizes of one call. `rank` is that of a low-rank part, 0 for none; `sms` and `shared_bytes` (of a block) are those of
+// the device, 0 where that is not known.
 struct Problem {
     Element element;
     int tokens;
