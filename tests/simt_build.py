@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (ROOT / "tests" / "simt", ROOT / "csrc")
 # Hidden, so that modules do not share each other's inline variables.
 FLAGS = (
-    *("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas"),
 )
 
@@ -38,10 +39,10 @@ def build(name: str, sources: Sequence[Path]) -> ModuleType:
     if not compiler:
         pytest.skip("needs g++, to run kernels on the CPU", allow_module_level=True)
     includes = [*FOLDERS, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    command = [compiler, *FLAGS, *(f"-I{folder}" for folder in includes), *map(str, sources)]
+    command = [compiler, *FLAGS, *(f"-I{folder}" for folder in includes)]
     library = _cache() / f"{name}-{_digest(command, compiler, sources)}.so"
     if not library.exists():
-        _compile(command, library)
+        _compile(command, sources, library)
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -67,14 +68,17 @@ def _digest(command: Sequence[str], compiler: str, sources: Sequence[Path]) -> s
     return digest.hexdigest()[:16]
 
 
-def _compile(command: Sequence[str], library: Path) -> None:
-    handle, made = tempfile.mkstemp(dir=library.parent, suffix=".so")
-    os.close(handle)
-    try:
-        result = subprocess.run([*command, "-o", made], capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
-        # Whoever builds the same meanwhile sees the whole of it or nothing.
+def _compile(command: Sequence[str], sources: Sequence[Path], library: Path) -> None:
+    """The sources side by side; then the library, of which others see the whole or nothing."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+        list(pool.map(lambda pair: _run([*command, "-c", pair[0], "-o", pair[1]]), zip(sources, objects, strict=True)))
+        made = Path(folder) / library.name
+        _run([command[0], "-shared", *objects, "-o", made])
         os.replace(made, library)
-    finally:
-        Path(made).unlink(missing_ok=True)
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")

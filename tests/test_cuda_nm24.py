@@ -28,10 +28,11 @@ from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec, NMSpec
 FLOATS = [torch.float16, torch.bfloat16]
 TOKENS = [1, 7, 8, 9, 33]
 H200 = Device("cuda", "NVIDIA H200", (9, 0), 132, 227 << 10)
-FOLDER = simt_build.ROOT / "csrc" / "nm24"
+FOLDERS = {"tests/simt": ("half", "bfloat16", "int8", "linear"), "csrc/nm24": ("bind", "check", "choose")}
 SOURCES = [
-    simt_build.ROOT / "tests/simt/nm24_linear.cpp",
-    *(FOLDER / f"{name}.cpp" for name in ("bind", "check", "choose")),
+    simt_build.ROOT / folder / (f"nm24_{name}.cpp" if folder == "tests/simt" else f"{name}.cpp")
+    for folder, names in FOLDERS.items()
+    for name in names
 ]
 
 
