@@ -16,7 +16,10 @@ sys.path.append(str(ROOT / "benchmarks"))
 import gpu_check  # noqa: E402
 import gpu_summary  # noqa: E402
 
-STEPS = ["names", "environment", "ceilings", "peaks", "pytest", "linear", "models", "compile", "sanitizer", "summary"]
+STEPS = [
+    *("build", "names", "environment", "ceilings", "peaks", "pytest", "linear", "models", "compile"),
+    *("sanitizer", "memcheck", "racecheck", "summary"),
+]
 
 
 def run(script: Path, out: Path, **environment: str) -> tuple[int, list[dict], str]:
@@ -227,6 +230,66 @@ def test_no_sanitizer_is_a_note(context: gpu_check.Context, monkeypatch: pytest.
     monkeypatch.setattr(gpu_check.shutil, "which", lambda program: None)
     found = gpu_check.sanitizer_step(context)
     assert (found.status, found.reason) == ("note", "unavailable: compute-sanitizer is not on PATH")
+
+
+@pytest.mark.parametrize(
+    ("tool", "status", "output", "outcome", "reason"),
+    [
+        ("memcheck", 0, "120 cases\n========= ERROR SUMMARY: 0 errors\n", "ok", "0 errors"),
+        ("racecheck", 0, "120 cases\n========= RACECHECK SUMMARY: 0 hazards displayed\n", "ok", "0 hazards"),
+        ("racecheck", 9, "========= RACECHECK SUMMARY: 1 hazard displayed\n", "failed", "status 9"),
+        # No output of the tool: it was not the tool that ran.
+        ("racecheck", 0, "120 cases\n========= ERROR SUMMARY: 0 errors\n", "failed", "status 0"),
+        ("memcheck", 2, "sanitize_cuda: sparsebert._C is not built\n=====\n", "note", "_C is not built"),
+        ("memcheck", None, "tile 0: right\n", "note", "last line: tile 0: right"),
+    ],
+)
+def test_every_kernel_outcomes(context: gpu_check.Context, monkeypatch, tool, status, output, outcome, reason):
+    commands = []
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(gpu_check, "run_logged", lambda command, *_: (commands.append(command), (status, output))[1])
+    found = gpu_check.every_kernel_step(context, tool)
+    assert found.status == outcome and reason in found.reason
+    assert commands[0][1:3] == ["--tool", tool] and commands[0][-1].endswith("sanitize_cuda.py")
+
+
+def test_the_kernels_are_built_for_the_device_alone(context: gpu_check.Context, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    import peaks
+    from sparsebert.ops.cuda import extension
+
+    calls = []
+
+    def built(*call: object) -> tuple[int | None, str]:
+        calls.append(call)
+        return status, "compiling\nlinking\n"
+
+    status: int | None = 0
+    monkeypatch.setattr(gpu_check, "run_logged", built)
+    monkeypatch.setattr(extension, "refusal", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(peaks, "find_nvcc", lambda: None)
+    assert gpu_check.build_step(context).status == "skipped" and not calls
+    monkeypatch.setattr(peaks, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "pybind11" else name)
+    found = gpu_check.build_step(context)
+    assert (found.status, found.reason) == ("skipped", "building sparsebert._C needs pybind11") and not calls
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: name)
+    assert gpu_check.build_step(context) == gpu_check.Outcome("ok", "sm_90a")
+    assert calls[0][0][1:] == ["setup.py", "build_ext", "--inplace"]
+    assert calls[0][3] == {"SPARSEBERT_CUDA": "1", "SPARSEBERT_CUDA_ARCHS": "90a"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert gpu_check.build_step(context).reason == "sm_86"
+    # What was built may still not load here.
+    monkeypatch.setattr(extension, "refusal", lambda device: "undefined symbol")
+    assert gpu_check.build_step(context) == gpu_check.Outcome("failed", "undefined symbol")
+    status = 1
+    assert gpu_check.build_step(context) == gpu_check.Outcome("failed", "status 1: linking")
+    status = None
+    assert gpu_check.build_step(context).status == "partial"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert gpu_check.build_step(context).status == "skipped"
 
 
 @pytest.mark.parametrize(
