@@ -169,8 +169,8 @@ def _against(rows: Sequence[Row]) -> str:
         return ""
     titles = ("layer", "tokens", "2:4 fp16 us", "its configuration", *AGAINST)
     text = (
-        "A ratio is the other's time over the kernel's: above 1, the kernel is faster. The last two say how much of its "
-        "speed a low-rank part leaves: 0.95x is 5 % more time."
+        "A ratio is the other's time over the kernel's: above 1, the kernel is faster. The last two say how much of "
+        "its speed a low-rank part leaves: 0.95x is 5 % more time."
     )
     return f"## The CUDA 2:4 kernel\n\n{text}\n\n" + _table(titles, lines)
 
