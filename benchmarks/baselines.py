@@ -22,7 +22,11 @@ from torch import Tensor
 import sparsebert as sb
 from sparsebert import ops
 from sparsebert.configs import parse_config
-from sparsebert.formats import int8
+from sparsebert.formats import int8, nm
+from sparsebert.ops import layouts, select
+from sparsebert.ops.cuda import nm24
+from sparsebert.ops.cuda.mma_sp import MMA_SP
+from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec, NMSpec
 
 Call = Callable[[], Tensor]
 
@@ -53,7 +57,9 @@ ATTENTION = (
 TELLING_TOKENS = (2048, 8192, 128)
 # Where packed weights pay by their bytes.
 FEW_TOKENS = (32,)
-OTHER_TOKENS = (512, 16384, 16, 1)
+# From here on the int8 kernel is to win.
+MIDDLE_TOKENS = (512,)
+OTHER_TOKENS = (16384, 16, 1)
 
 DRY_SHAPES = (Shape("dry.ffn_in", 128, 64), Shape("dry.ffn_out", 64, 128))
 DRY_TOKENS = (1, 16, 32)
@@ -109,15 +115,15 @@ class Built:
 
 @dataclass(frozen=True)
 class Peer:
-    """``needs_cuda``: torch has these kernels for CUDA only. ``roles``: a suffix the shape's role must end
-    in."""
+    """``needs_cuda``: torch has these kernels for CUDA only. ``roles``: a suffix the shape's role must end in, or
+    several of which it must end in one."""
 
     name: str
     dtype: str
     epilogue: str
     build: Callable[[Case], Built]
     needs_cuda: bool = False
-    roles: str = ""
+    roles: str | tuple[str, ...] = ""
 
     def serves(self, shape: Shape) -> bool:
         return shape.role.endswith(self.roles)
@@ -238,6 +244,31 @@ def _cusparselt_int8(case: Case) -> Built:
         weight_bytes=weight_bytes,
         moved_bytes=_moved(case, weight_bytes, 1, 2, scales),
         limit=_LIMITS[torch.bfloat16],
+        notes={"padded_tokens": padded.shape[0]},
+    )
+
+
+def _cusparselt_int8_gelu(case: Case) -> Built:
+    """What a linear of BERT takes besides the product: scales a token, bias and GELU, in two kernels more."""
+    x, w, b = case.operands(torch.bfloat16, pruned=True)
+    values, scales = int8.quantize_weight(w)
+    q, s = int8.quantize_rows(x)
+    padded, padded_s = _pad_rows(q, 16), _pad_rows(s[:, None], 16)
+    compressed = torch._cslt_compress(values)
+    products = _cusparselt_variants(case, compressed, padded, alpha=scales.float(), out_dtype=torch.bfloat16)
+    weight_bytes = _nbytes(values) * 10 // 16
+
+    def finish(product: Call) -> Tensor:
+        y = product()
+        return F.gelu(torch.addcmul(b, y, padded_s, out=y))
+
+    return Built(
+        variants={name: [partial(finish, product) for product in calls] for name, calls in products.items()},
+        reference=lambda: F.gelu(_product(q, values) * s.double()[:, None] * scales.double() + b.double()),
+        weight_bytes=weight_bytes,
+        moved_bytes=_moved(case, weight_bytes, 1, 2, b),
+        # Rounded to bfloat16 three times.
+        limit=2 * _LIMITS[torch.bfloat16],
         notes={"padded_tokens": padded.shape[0]},
     )
 
@@ -460,6 +491,121 @@ def _int8_to_int8(case: Case) -> Built:
     )
 
 
+# The 2:4 kernel of csrc/nm24. Each of its configurations is a variant, and the fastest stands for it.
+
+
+def _configured(spec: Any, x: Tensor, activation: str = "none") -> list[tuple[str, select.Solution, select.Problem]]:
+    """Every way to run ``spec`` in the layout ``mma_sp``, named; on a CPU, the reference."""
+    backend = "cuda" if x.is_cuda else "reference"
+    problem = select.problem_of(spec, MMA_SP, x, activation)
+    (candidate,) = (found for found in select.candidates(spec.op, MMA_SP) if found.backend == backend)
+    if reason := candidate.supports(problem):
+        raise RuntimeError(reason)
+    return [(_name_of(found.configuration), found, problem) for found in select.solutions(candidate, problem)]
+
+
+def _name_of(configuration: Any) -> str:
+    return " ".join(f"{name}={value}" for name, value in configuration._asdict().items()) if configuration else ""
+
+
+def _copies(case: Case, weight: list[Tensor]) -> list[list[Tensor]]:
+    """All tensors of a packed weight, as often as it takes to outgrow the cache."""
+    count = case.copies_for(sum(_nbytes(tensor) for tensor in weight))
+    return [weight, *([tensor.clone() for tensor in weight] for _ in range(count - 1))]
+
+
+def _cuda_nm24(case: Case, dtype: torch.dtype) -> Built:
+    x, w, b = case.operands(dtype, pruned=True)
+    spec = NMSpec(2, 4, case.shape.in_features, case.shape.out_features)
+    weight = layouts.get(spec.op, MMA_SP).from_neutral(list(nm.pack(w, 2, 4)), spec, dtype)
+    copies = _copies(case, weight)
+    weight_bytes = sum(map(_nbytes, weight))
+    return Built(
+        variants={
+            name: [partial(solution.run, x, copy, b, problem) for copy in copies]
+            for name, solution, problem in _configured(spec, x)
+        },
+        reference=lambda: _product(x, w, b),
+        weight_bytes=weight_bytes,
+        moved_bytes=_moved(case, weight_bytes, 2, 2, b),
+        limit=_LIMITS[dtype],
+    )
+
+
+def _cuda_low_rank(case: Case, dtype: torch.dtype, rank: int, *, tail_alone: bool) -> Built:
+    """2:4 and a low-rank part in the same sums. ``tail_alone``: t = x vᵀ is there already, and not part of the time."""
+    x, w, b = case.operands(dtype, pruned=True)
+    shape = case.shape
+    u = case.normal(shape.out_features, rank, dtype=dtype, scale=rank**-0.5)
+    v = case.normal(rank, shape.in_features, dtype=dtype, scale=shape.in_features**-0.5)
+    spec = LowRankSparseSpec(rank, "nm", 2, 4, 0, shape.in_features, shape.out_features)
+    weight = layouts.get(spec.op, MMA_SP).from_neutral([u, v, *nm.pack(w, 2, 4)], spec, dtype)
+    copies = _copies(case, weight)
+    weight_bytes = sum(map(_nbytes, weight))
+    t = F.linear(x, v)
+    sizes = {"in_features": shape.in_features, "out_features": shape.out_features}
+
+    def tail(copy: list[Tensor], configuration: Any) -> Tensor:
+        packed, _, values, metadata = copy
+        if configuration is None:
+            return F.linear(t, u, b) + F.linear(x, w)
+        return nm24.linear(x, values, metadata, b, **sizes, config=configuration, t=t, u=packed)
+
+    def call(solution: select.Solution, copy: list[Tensor], problem: select.Problem) -> Call:
+        if tail_alone:
+            return partial(tail, copy, solution.configuration)
+        return partial(solution.run, x, copy, b, problem)
+
+    return Built(
+        variants={
+            name: [call(solution, copy, problem) for copy in copies] for name, solution, problem in _configured(spec, x)
+        },
+        # From t as it is rounded, where it is given.
+        reference=lambda: _product(x, w, b) + _product(t if tail_alone else _product(x, v), u),
+        weight_bytes=weight_bytes,
+        moved_bytes=_moved(case, weight_bytes, 2, 2, b),
+        limit=_LIMITS[dtype],
+    )
+
+
+def _cuda_int8(case: Case, dtype: torch.dtype, kind: str) -> Built:
+    """int8 2:4 of three kinds: ``rows``, from int8 rows with GELU to ``dtype``; ``quantized``, rows of ``dtype`` that
+    are quantized first; ``again``, from int8 rows with GELU to int8."""
+    x, w, b = case.operands(dtype, pruned=True)
+    values, scales = int8.quantize_weight(w)
+    q, s = int8.quantize_rows(x)
+    spec = Int8Spec("dynamic", 2, 4, case.shape.in_features, case.shape.out_features)
+    weight = layouts.get(spec.op, MMA_SP).from_neutral([*nm.pack(values, 2, 4), scales], spec, dtype)
+    copies = _copies(case, weight)
+    weight_bytes = sum(map(_nbytes, weight))
+    activation = "none" if kind == "quantized" else "gelu"
+
+    def product() -> Tensor:
+        y = q.double() @ values.double().t() * s.double()[:, None] * scales.double() + b.double()
+        return y if kind == "quantized" else F.gelu(y)
+
+    step = (product().abs().amax() / 127).float()
+
+    def call(solution: select.Solution, copy: list[Tensor], problem: select.Problem) -> Call:
+        kernels: Any = solution.candidate.run
+        if kind == "quantized":
+            return partial(solution.run, x, copy, b, problem)
+        if kind == "rows":
+            return partial(kernels.multiply, q, s, copy, b, problem, **solution.options)
+        return lambda: kernels.again(q, s, copy, b, step, problem, **solution.options)[0]
+
+    return Built(
+        variants={
+            name: [call(solution, copy, problem) for copy in copies]
+            for name, solution, problem in _configured(spec, x, activation)
+        },
+        reference=lambda: (product() / step.double()).round() if kind == "again" else product(),
+        weight_bytes=weight_bytes,
+        moved_bytes=_moved(case, weight_bytes, 2 if kind == "quantized" else 1, 1 if kind == "again" else 2, b),
+        limit=_LIMITS[dtype],
+    )
+
+
 def _fp8_operands(case: Case, *, pruned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     x, w, b = case.operands(torch.bfloat16, pruned=pruned)
     # Weights of size in**-0.5 would fall among the subnormals of e4m3; scale them up as a quantiser would.
@@ -509,7 +655,41 @@ PRIMARY = (
     Peer("cublas_fp16", "float16", "bias", partial(_dense, dtype=FP16)),
     Peer("cusparselt_fp16", "float16 2:4", "bias", partial(_cusparselt, dtype=FP16), needs_cuda=True),
 )
-OWN = (
+CUDA = (
+    Peer("cuda_nm24_fp16", "float16 2:4", "bias", partial(_cuda_nm24, dtype=FP16)),
+    Peer("cuda_nm24_bf16", "bfloat16 2:4", "bias", partial(_cuda_nm24, dtype=BF16)),
+    Peer(
+        "cuda_int8_nm24_gelu",
+        "int8 2:4 -> bfloat16",
+        "scales per token and feature, bias, GELU (erf)",
+        partial(_cuda_int8, dtype=BF16, kind="rows"),
+    ),
+    Peer(
+        "cuda_int8_nm24",
+        "bfloat16 -> int8 2:4 -> bfloat16",
+        "scales per token and feature, bias",
+        partial(_cuda_int8, dtype=BF16, kind="quantized"),
+    ),
+    Peer(
+        "cuda_int8_nm24_to_int8",
+        "int8 2:4 -> int8",
+        "scales, bias, GELU (erf), one scale",
+        partial(_cuda_int8, dtype=FP16, kind="again"),
+    ),
+    Peer(
+        "cuda_low_rank32_nm24_fp16",
+        "float16, rank 32 + 2:4",
+        "bias",
+        partial(_cuda_low_rank, dtype=FP16, rank=32, tail_alone=False),
+    ),
+    Peer(
+        "cuda_tail32_nm24_fp16",
+        "float16, rank 32 + 2:4, x vᵀ given",
+        "bias",
+        partial(_cuda_low_rank, dtype=FP16, rank=32, tail_alone=True),
+    ),
+)
+TRITON = (
     Peer("triton_nm24_fp16", "float16 2:4", "bias", partial(_triton, config="2:4")),
     Peer("triton_nm14_fp16", "float16 1:4", "bias", partial(_triton, config="1:4")),
     Peer("triton_nm28_fp16", "float16 2:8", "bias", partial(_triton, config="2:8")),
@@ -534,6 +714,25 @@ OWN = (
     ),
     Peer("triton_int8_to_int8", "int8 -> int8", "scales, bias, GELU (erf), one scale", _int8_to_int8),
     Peer("triton_gelu_int8", "float16 -> int8 -> float16", "GELU of x, scales, bias", _gelu_int8, roles="ffn_out"),
+)
+OWN = CUDA + TRITON
+# What the int8 2:4 kernel is held against: the same work by torch's kernels.
+RIVALS = (
+    Peer(
+        "cublas_bf16_gelu",
+        "bfloat16",
+        "bias, GELU (erf) as its own kernel",
+        partial(_dense_gelu, dtype=BF16),
+        roles=("ffn_in", "ffn_out"),
+    ),
+    Peer(
+        "cusparselt_int8_gelu",
+        "int8 2:4 -> bfloat16",
+        "scale per feature; scale per token with bias, and GELU (erf), as kernels of their own",
+        _cusparselt_int8_gelu,
+        needs_cuda=True,
+        roles=("ffn_in", "ffn_out"),
+    ),
 )
 SECONDARY = (
     Peer(
@@ -568,21 +767,26 @@ SECONDARY = (
 
 def jobs(dry: bool) -> list[tuple[Shape, int, Peer]]:
     """Every (shape, tokens, peer), most telling first: dense against 2:4 in fp16 on the feed-forward layers
-    at the token counts where the answer changes; then this package's kernels, first where tokens are few; then
-    the other peers there; then the attention shapes; then the rest."""
+    at the token counts where the answer changes; then this package's kernels, first where tokens are few, the CUDA
+    kernel before Triton's and with what it is held against; then the other peers; then the attention shapes; then
+    the rest."""
     blocks: list[tuple[tuple[Shape, ...], tuple[int, ...], tuple[Peer, ...]]]
     if dry:
-        blocks = [(DRY_SHAPES, DRY_TOKENS, peers) for peers in (PRIMARY, OWN, SECONDARY)]
+        blocks = [(DRY_SHAPES, DRY_TOKENS, peers) for peers in (PRIMARY, OWN, RIVALS, SECONDARY)]
     else:
         blocks = [
             (FEED_FORWARD, TELLING_TOKENS, PRIMARY),
             (FEED_FORWARD, FEW_TOKENS, PRIMARY + OWN),
-            (FEED_FORWARD, TELLING_TOKENS, OWN),
+            (FEED_FORWARD, TELLING_TOKENS, CUDA + RIVALS),
+            (FEED_FORWARD, MIDDLE_TOKENS, PRIMARY + CUDA + RIVALS),
+            (FEED_FORWARD, TELLING_TOKENS, TRITON),
             (FEED_FORWARD, TELLING_TOKENS, SECONDARY),
-            (ATTENTION, TELLING_TOKENS, PRIMARY),
-            (FEED_FORWARD + ATTENTION, OTHER_TOKENS, PRIMARY),
+            (FEED_FORWARD, OTHER_TOKENS, PRIMARY + CUDA + RIVALS),
+            (ATTENTION, TELLING_TOKENS, PRIMARY + CUDA),
+            (ATTENTION, MIDDLE_TOKENS + OTHER_TOKENS, PRIMARY),
+            (ATTENTION, FEW_TOKENS + MIDDLE_TOKENS + OTHER_TOKENS, CUDA),
             (ATTENTION, TELLING_TOKENS, SECONDARY),
-            (FEED_FORWARD + ATTENTION, OTHER_TOKENS, SECONDARY),
+            (FEED_FORWARD + ATTENTION, MIDDLE_TOKENS + OTHER_TOKENS, SECONDARY),
         ]
     return [
         (shape, count, peer)

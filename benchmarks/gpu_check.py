@@ -1,8 +1,9 @@
 """Everything worth learning from one short visit to a GPU machine, in one command: ``make gpu-check``.
 
-Runs the GPU tests, then times what this package must beat: the machine's ceilings, torch's own dense and 2:4
-linears, BERT end to end. No network, no virtual environment, no installed copy of the package: any Python
-with torch will do. README.md beside this file says what the rows mean.
+Builds the CUDA kernels for this GPU, runs the GPU tests, then times what this package must beat: the machine's
+ceilings, torch's own dense and 2:4 linears, BERT end to end. No network, no virtual environment, no installed copy of
+the package: any Python with torch will do (for the build, with nvcc, setuptools, pybind11 and ninja). README.md beside
+this file says what the rows mean.
 
 Environment: ``BUDGET_S`` seconds to spend (540); ``OUT`` folder for the results (``benchmarks/out``);
 ``DRY=1`` walks every step at toy sizes on a CPU; ``SPARSEBERT_COMMIT`` and ``SPARSEBERT_DATE`` where there is
@@ -32,7 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,10 @@ import gpu_summary  # noqa: E402
 PARENT = "parent"  # the group of steps that are programs of their own
 NO_DEVICE = 3  # exit statuses of a child process
 DEVICE_LOST = 70
+MOST_VARIANTS = 3  # of one peer that are measured in full
+NOTHING_TO_RUN = 2  # that of tests/gpu/sanitize_cuda.py
+# What a tool of compute-sanitizer says at its end where it found nothing.
+CLEAN = {"memcheck": ("ERROR SUMMARY: 0 errors",), "racecheck": ("RACECHECK SUMMARY: 0 hazards",)}
 MOST_RESTARTS = 4
 GRACE_S = 5.0  # a step that has passed its time is stopped this much later
 START_S = 40.0
@@ -273,6 +278,40 @@ def environment_step(context: Context) -> Outcome:
     return Outcome()
 
 
+def build_step(context: Context) -> Outcome:
+    """``sparsebert._C`` for this GPU and no other, beside the package, where the steps after this one find it."""
+    if context.dry:
+        return Outcome("skipped", "DRY: nothing is compiled")
+    import torch
+
+    import peaks
+
+    if peaks.find_nvcc() is None:
+        return Outcome("skipped", "no nvcc on PATH or under CUDA_HOME: the CUDA kernels are not built")
+    needed = [name for name in ("setuptools", "pybind11") if importlib.util.find_spec(name) is None]
+    if importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None:
+        needed.append("ninja")
+    if needed:
+        return Outcome("skipped", f"building sparsebert._C needs {' and '.join(needed)}")
+    capability = torch.cuda.get_device_capability(context.device)
+    if capability < (8, 0):
+        return Outcome("skipped", "the CUDA kernels need compute capability 8.0, not {}.{}".format(*capability))
+    arch = "90a" if capability == (9, 0) else "{}{}".format(*capability)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    asked = {"SPARSEBERT_CUDA": "1", "SPARSEBERT_CUDA_ARCHS": arch}
+    status, output = run_logged(command, context.settings.out / "build.log", context.left(), asked)
+    if status is None:
+        return Outcome("partial", f"stopped at its time limit; last line: {last_line(output)}")
+    if status != 0:
+        return Outcome("failed", f"status {status}: {last_line(output)}")
+    # Nothing in this process has asked for the module before.
+    from sparsebert.ops.cuda import extension
+    from sparsebert.ops.devices import describe
+
+    reason = extension.refusal(describe(context.device))
+    return Outcome("failed", reason) if reason else Outcome("ok", f"sm_{arch}")
+
+
 def pytest_step(context: Context) -> Outcome:
     """``pytest -m gpu`` in a process of its own; a dry run only collects."""
     log_path = context.settings.out / "pytest.log"
@@ -465,21 +504,32 @@ def linear_step(context: Context) -> Outcome:
         """Times of what passed: weights out of the cache, and for comparison one weight again and again."""
         if not built.variants:
             return {}
+        result: dict[str, Any] = {}
+
+        def together(calls: dict[str, Any], budget_s: float) -> dict[str, Any]:
+            graph = on_gpu and "graph_refused" not in result
+            try:
+                return timing.measure_together(calls, device=context.device, budget_s=budget_s, graph=graph)
+            except RuntimeError as error:
+                if not graph:
+                    raise
+                torch.cuda.synchronize()
+                result["graph_refused"] = first_line(error)
+                return timing.measure_together(calls, device=context.device, budget_s=budget_s)
+
+        timings: dict[str, Any] = {}
+        chosen = list(built.variants)
+        if len(chosen) > MOST_VARIANTS:
+            # A first, short round; the fastest of it are measured in full.
+            timings = together(built.variants, (0.001 if context.dry else 0.01) * len(chosen))
+            chosen = sorted(chosen, key=lambda name: timings[name].median_us)[:MOST_VARIANTS]
         calls: dict[str, Any] = {}
-        for name, rotated in built.variants.items():
+        for name in chosen:
+            rotated = built.variants[name]
             calls[name] = rotated
             calls[f"{name} resident"] = [rotated[0]] * len(rotated)
-        budget = 0.004 if context.dry else 0.04 * len(calls)
-        result: dict[str, Any] = {}
-        try:
-            timings = timing.measure_together(calls, device=context.device, budget_s=budget, graph=on_gpu)
-        except RuntimeError as error:
-            if not on_gpu:
-                raise
-            torch.cuda.synchronize()
-            result["graph_refused"] = first_line(error)
-            timings = timing.measure_together(calls, device=context.device, budget_s=budget)
-        best = min(built.variants, key=lambda name: timings[name].median_us)
+        timings |= together(calls, 0.004 if context.dry else 0.04 * len(calls))
+        best = min(chosen, key=lambda name: timings[name].median_us)
         time_us = timings[best].median_us
         flops, nbytes = baselines.linear_flops(case), built.moved_bytes
         return {
@@ -677,7 +727,6 @@ def small_case(device: str) -> None:
 
 def sanitizer_step(context: Context) -> Outcome:
     """The small case under compute-sanitizer's memory check, where that program is there and works."""
-    program = shutil.which("compute-sanitizer")
     case = [sys.executable, str(HERE / "gpu_check.py"), "--small-case"]
     log_path = context.settings.out / "sanitizer.log"
     if context.dry:
@@ -685,17 +734,46 @@ def sanitizer_step(context: Context) -> Outcome:
         if status != 0:
             return Outcome("failed", f"the small case ended with status {status}: {last_line(output)}")
         return Outcome("skipped", "DRY: the small case ran on the CPU without a memory checker")
+    return sanitized(context, "memcheck", [*case, "cuda"], log_path)
+
+
+def every_kernel_step(context: Context, tool: str) -> Outcome:
+    """Every instantiation of the CUDA kernels under one of compute-sanitizer's tools."""
+    case = [sys.executable, str(ROOT / "tests" / "gpu" / "sanitize_cuda.py")]
+    log_path = context.settings.out / f"{tool}.log"
+    if not context.dry:
+        return sanitized(context, tool, case, log_path)
+    status, output = run_logged([*case, "--list"], log_path, context.left())
+    if status not in (0, NOTHING_TO_RUN):
+        return Outcome("failed", f"listing the cases ended with status {status}: {last_line(output)}")
+    return Outcome("skipped", f"DRY: {last_line(output)}")
+
+
+def find_sanitizer() -> str | None:
+    """On PATH, or beside nvcc."""
+    import peaks
+
+    beside = Path(nvcc).with_name("compute-sanitizer") if (nvcc := peaks.find_nvcc()) else None
+    return shutil.which("compute-sanitizer") or (shutil.which(str(beside)) if beside else None)
+
+
+def sanitized(context: Context, tool: str, case: Sequence[str], log_path: Path) -> Outcome:
+    """A program under one of compute-sanitizer's tools."""
+    program = find_sanitizer()
     if program is None:
         return Outcome("note", "unavailable: compute-sanitizer is not on PATH")
     # API errors are left out: torch probes for features and handles the refusals.
-    options = ["--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
-    status, output = run_logged([program, *options, *case, "cuda"], log_path, context.left())
+    options = ["--tool", tool, "--error-exitcode", "9"]
+    options += ["--report-api-errors", "no"] if tool == "memcheck" else []
+    status, output = run_logged([program, *options, *case], log_path, context.left())
     if status is None:
-        return Outcome("note", "unavailable: it did not finish in its time")
-    if status == 0 and "ERROR SUMMARY: 0 errors" in output:
-        return Outcome("ok", "0 errors")
+        return Outcome("note", f"unavailable: it did not finish in its time; last line: {last_line(output)}")
+    if status == 0 and (clean := next((text for text in CLEAN[tool] if text in output), None)):
+        return Outcome("ok", clean.partition(": ")[2])
     if unsupported := [line.strip() for line in output.splitlines() if "not supported" in line]:
         return Outcome("note", f"unavailable: {unsupported[0]}")
+    if nothing := [line for line in output.splitlines() if line.startswith("sanitize_cuda: ")]:
+        return Outcome("note", f"unavailable: {nothing[0].partition(': ')[2]}")
     return Outcome("failed", f"status {status}: {last_line(output)}")
 
 
@@ -706,15 +784,19 @@ def last_line(text: str) -> str:
 # In the order they run. Shares are parts of whatever time is left, so what a step does not use goes to those
 # after it.
 STEPS: dict[str, Step] = {
+    # By itself: the processes after it load what it has built.
+    "build": Step("build", 20, build_step),
     "names": Step("first", 1, names_step),
     "environment": Step("first", 1, environment_step),
     "ceilings": Step("first", 5, ceilings_step),
     "peaks": Step("first", 13, peaks_step),
-    "pytest": Step(PARENT, 22, pytest_step),
-    "linear": Step("linear", 41, linear_step),
+    "pytest": Step(PARENT, 26, pytest_step),
+    "linear": Step("linear", 50, linear_step),
     "models": Step("models", 10, models_step),
     "compile": Step("models", 15, compile_step),
     "sanitizer": Step(PARENT, 5, sanitizer_step),
+    "memcheck": Step(PARENT, 6, partial(every_kernel_step, tool="memcheck")),
+    "racecheck": Step(PARENT, 6, partial(every_kernel_step, tool="racecheck")),
 }
 
 
@@ -786,10 +868,13 @@ def stop(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def run_logged(command: Sequence[str], log_path: Path, limit_s: float) -> tuple[int | None, str]:
-    """Run a program with its output in a file; its exit status, or None if it was stopped, and that
-    output."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+def run_logged(
+    command: Sequence[str], log_path: Path, limit_s: float, more: Mapping[str, str] | None = None
+) -> tuple[int | None, str]:
+    """Run a program with its output in a file and ``more`` in its environment; its exit status, or None if it was
+    stopped, and that output."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **(more or {})}
     with log_path.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -868,7 +953,8 @@ def main() -> int:
     started = time.time()
     until = started + settings.budget_s - RESERVE_S
     settings.out.mkdir(parents=True, exist_ok=True)
-    for name in ("rows.jsonl", "log.txt", "pytest.log", "sanitizer.log", "summary.md"):
+    logs = ("log.txt", *(f"{name}.log" for name in ("build", "pytest", "sanitizer", "memcheck", "racecheck")))
+    for name in ("rows.jsonl", "summary.md", *logs):
         (settings.out / name).unlink(missing_ok=True)
     failed = False
     with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,8 @@ BASELINE = "cublas_fp16"
 # Column title -> peer; the ratio shown is the baseline's time over the peer's.
 RATIOS = {
     "2:4 fp16": "cusparselt_fp16",
+    "2:4 CUDA": "cuda_nm24_fp16",
+    "int8 2:4 CUDA": "cuda_int8_nm24",
     "2:4 Triton": "triton_nm24_fp16",
     "1:4 Triton": "triton_nm14_fp16",
     "2:8 Triton": "triton_nm28_fp16",
@@ -24,13 +26,21 @@ RATIOS = {
     "int8": "int_mm",
     "fp8": "fp8_tensor",
 }
+# What the CUDA 2:4 kernel is held against: column title -> the peer, and the kernel that does the same.
+AGAINST = {
+    "2:4 fp16 over cuSPARSELt": ("cusparselt_fp16", "cuda_nm24_fp16"),
+    "int8 2:4 + GELU over cuBLAS bf16 + GELU": ("cublas_bf16_gelu", "cuda_int8_nm24_gelu"),
+    "over cuSPARSELt int8 + scales + GELU": ("cusparselt_int8_gelu", "cuda_int8_nm24_gelu"),
+    "with rank 32": ("cuda_nm24_fp16", "cuda_low_rank32_nm24_fp16"),
+    "with rank 32, x vᵀ given": ("cuda_nm24_fp16", "cuda_tail32_nm24_fp16"),
+}
 MODES = ("eager", "graph", "compiled")
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Markdown: where it ran, what each step came to, ceilings, peaks, linears, models, and what did not work and
-    why."""
-    measured = [_ceilings(rows), peaks(rows), _linears(rows), _models(rows)]
+    """Markdown: where it ran, what each step came to, ceilings, peaks, linears, the CUDA kernel beside what it is held
+    against, models, and what did not work and why."""
+    measured = [_ceilings(rows), peaks(rows), _linears(rows), _against(rows), _models(rows)]
     sections = [_head(rows), _steps(rows), *measured, _troubles(rows)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -141,6 +151,28 @@ def _linears(rows: Sequence[Row]) -> str:
     titles = ("layer", "shape", "tokens", "dense fp16 us", "floor us", *RATIOS)
     text = "CUDA-graph replay, weights out of cache. A ratio is dense fp16 time over the peer's: above 1, faster."
     return f"## Linear layers\n\n{text}\n\n" + _table(titles, lines)
+
+
+def _against(rows: Sequence[Row]) -> str:
+    times = {(r["role"], r["tokens"], r["peer"]): r for r in _of(rows, "linear", "ok")}
+    own = {peer for _, peer in AGAINST.values()}
+    lines = []
+    for role, tokens in sorted({key[:2] for key in times if key[2] in own}):
+        ratios = []
+        for pair in AGAINST.values():
+            other, ours = (times.get((role, tokens, peer)) for peer in pair)
+            known = other and ours and "median_us" in other and "median_us" in ours
+            ratios.append(f"{other['median_us'] / ours['median_us']:.2f}x" if other and ours and known else "-")
+        row = times.get((role, tokens, "cuda_nm24_fp16"), {})
+        lines.append((role, str(tokens), _number(row.get("median_us")), row.get("algorithm") or "-", *ratios))
+    if not lines:
+        return ""
+    titles = ("layer", "tokens", "2:4 fp16 us", "its configuration", *AGAINST)
+    text = (
+        "A ratio is the other's time over the kernel's: above 1, the kernel is faster. The last two say how much of "
+        "its speed a low-rank part leaves: 0.95x is 5 % more time."
+    )
+    return f"## The CUDA 2:4 kernel\n\n{text}\n\n" + _table(titles, lines)
 
 
 def _models(rows: Sequence[Row]) -> str:

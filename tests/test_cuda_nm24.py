@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -24,6 +25,10 @@ from sparsebert.ops.cuda.mma_sp import MMA_SP
 from sparsebert.ops.cuda.nm24 import Config
 from sparsebert.ops.devices import Device
 from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec, NMSpec
+
+sys.path.append(str(simt_build.ROOT / "tests" / "gpu"))
+
+import sanitize_cuda  # noqa: E402
 
 FLOATS = [torch.float16, torch.bfloat16]
 TOKENS = [1, 7, 8, 9, 33]
@@ -121,6 +126,15 @@ def test_int8_sums_are_exact(machine, tile, wide):
         scales = {"x_scale": torch.ones(tokens), "scales": ones}
         y = nm24.linear(x, values, metadata, None, **sizes, **scales, config=config(machine, tile, splits))
         assert torch.equal(y, sums_of(x, dense).float())
+
+
+def test_what_compute_sanitizer_looks_at(machine):
+    """Every kernel, each with one split and two, and the same program that runs on a GPU."""
+    found = list(sanitize_cuda.cases())
+    assert sanitize_cuda.every_tile() == [config(machine, tile) for tile in tiles()]
+    kernels = {(case.config.tile, case.dtype, case.wide, case.config.splits) for case in found}
+    assert len(kernels) == len(tiles()) * 3 * 2 * 2 and {case.extra for case in found} == {"", "rank", "columns"}
+    assert all(sanitize_cuda.run(case, torch.device("cpu")) for case in found)
 
 
 # Patterns and numbers

@@ -16,7 +16,10 @@ sys.path.append(str(ROOT / "benchmarks"))
 import gpu_check  # noqa: E402
 import gpu_summary  # noqa: E402
 
-STEPS = ["names", "environment", "ceilings", "peaks", "pytest", "linear", "models", "compile", "sanitizer", "summary"]
+STEPS = [
+    *("build", "names", "environment", "ceilings", "peaks", "pytest", "linear", "models", "compile"),
+    *("sanitizer", "memcheck", "racecheck", "summary"),
+]
 
 
 def run(script: Path, out: Path, **environment: str) -> tuple[int, list[dict], str]:
@@ -74,7 +77,8 @@ def test_dry_run_walks_every_step(tmp_path: Path):
     peers = {peer.name for _, _, peer in gpu_check_jobs()}
     assert {row["peer"] for row in linears} == peers
     assert {row["peer"] for row in linears if row["status"] == "skipped"} == {
-        *("cusparselt_fp16", "cusparselt_bf16", "cusparselt_int8", "cusparselt_fp8", "cutlass_fp16")
+        *("cusparselt_fp16", "cusparselt_bf16", "cusparselt_int8", "cusparselt_int8_gelu"),
+        *("cusparselt_fp8", "cutlass_fp16"),
     }
     searched = [row for row in linears if row["peer"] == "cusparselt_fp16" and row["tokens"] == 1]
     assert all(row["padded_tokens"] == 8 for row in searched)
@@ -230,6 +234,66 @@ def test_no_sanitizer_is_a_note(context: gpu_check.Context, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
+    ("tool", "status", "output", "outcome", "reason"),
+    [
+        ("memcheck", 0, "120 cases\n========= ERROR SUMMARY: 0 errors\n", "ok", "0 errors"),
+        ("racecheck", 0, "120 cases\n========= RACECHECK SUMMARY: 0 hazards displayed\n", "ok", "0 hazards"),
+        ("racecheck", 9, "========= RACECHECK SUMMARY: 1 hazard displayed\n", "failed", "status 9"),
+        # No output of the tool: it was not the tool that ran.
+        ("racecheck", 0, "120 cases\n========= ERROR SUMMARY: 0 errors\n", "failed", "status 0"),
+        ("memcheck", 2, "sanitize_cuda: sparsebert._C is not built\n=====\n", "note", "_C is not built"),
+        ("memcheck", None, "tile 0: right\n", "note", "last line: tile 0: right"),
+    ],
+)
+def test_every_kernel_outcomes(context: gpu_check.Context, monkeypatch, tool, status, output, outcome, reason):
+    commands = []
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(gpu_check, "run_logged", lambda command, *_: (commands.append(command), (status, output))[1])
+    found = gpu_check.every_kernel_step(context, tool)
+    assert found.status == outcome and reason in found.reason
+    assert commands[0][1:3] == ["--tool", tool] and commands[0][-1].endswith("sanitize_cuda.py")
+
+
+def test_the_kernels_are_built_for_the_device_alone(context: gpu_check.Context, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    import peaks
+    from sparsebert.ops.cuda import extension
+
+    calls = []
+
+    def built(*call: object) -> tuple[int | None, str]:
+        calls.append(call)
+        return status, "compiling\nlinking\n"
+
+    status: int | None = 0
+    monkeypatch.setattr(gpu_check, "run_logged", built)
+    monkeypatch.setattr(extension, "refusal", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(peaks, "find_nvcc", lambda: None)
+    assert gpu_check.build_step(context).status == "skipped" and not calls
+    monkeypatch.setattr(peaks, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "pybind11" else name)
+    found = gpu_check.build_step(context)
+    assert (found.status, found.reason) == ("skipped", "building sparsebert._C needs pybind11") and not calls
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: name)
+    assert gpu_check.build_step(context) == gpu_check.Outcome("ok", "sm_90a")
+    assert calls[0][0][1:] == ["setup.py", "build_ext", "--inplace"]
+    assert calls[0][3] == {"SPARSEBERT_CUDA": "1", "SPARSEBERT_CUDA_ARCHS": "90a"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert gpu_check.build_step(context).reason == "sm_86"
+    # What was built may still not load here.
+    monkeypatch.setattr(extension, "refusal", lambda device: "undefined symbol")
+    assert gpu_check.build_step(context) == gpu_check.Outcome("failed", "undefined symbol")
+    status = 1
+    assert gpu_check.build_step(context) == gpu_check.Outcome("failed", "status 1: linking")
+    status = None
+    assert gpu_check.build_step(context).status == "partial"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert gpu_check.build_step(context).status == "skipped"
+
+
+@pytest.mark.parametrize(
     ("status", "output", "outcome", "reason"),
     [
         (0, "..\n2 passed in 1.0s\n", "ok", "2 passed in 1.0s"),
@@ -320,7 +384,35 @@ def test_jobs_start_with_what_tells_most():
     assert {tokens for _, tokens, _ in after} == {32}
     own = {peer.name for peer in baselines.OWN}
     assert {peer for _, _, peer in after} == {"cublas_fp16", "cusparselt_fp16", *own}
-    assert {peer for _, _, peer in names[24 + len(after) : 24 + len(after) + 3 * served]} == own
+    # And the CUDA kernel with what it is held against.
+    rest, held = names[24 + len(after) :], {peer.name for peer in baselines.CUDA + baselines.RIVALS}
+    assert {peer for _, _, peer in rest[: 3 * 4 * len(held)]} == held
+    assert {tokens for _, tokens, _ in rest[3 * 4 * len(held) : 4 * 4 * len(held)]} == {512}
+    every = {1, 16, 32, 128, 512, 2048, 8192, 16384}
+    for peer in baselines.CUDA:
+        assert {tokens for _, tokens, name in names if name == peer.name} == every
+
+
+@pytest.mark.parametrize("peer", ["cuda_nm24_fp16", "cuda_int8_nm24_gelu", "cuda_int8_nm24_to_int8"])
+def test_many_configurations_are_sifted_before_they_are_measured(context: gpu_check.Context, monkeypatch, peer: str):
+    """On a GPU a peer of the CUDA kernel has a variant for each; here the one there is stands for twelve."""
+    import baselines
+
+    (found,) = (each for each in baselines.CUDA if each.name == peer)
+
+    def build(case: baselines.Case) -> baselines.Built:
+        built = found.build(case)
+        assert list(built.variants) == [""]
+        built.variants = {f"tile={number}": built.variants[""] for number in range(12)}
+        return built
+
+    many = baselines.Peer(peer, found.dtype, found.epilogue, build)
+    context.settings = gpu_check.Settings(context.settings.out, True, 60.0)
+    monkeypatch.setattr(baselines, "jobs", lambda dry: [(baselines.DRY_SHAPES[0], 16, many)])
+    assert gpu_check.linear_step(context).status == "ok"
+    (row,) = rows_of(context)
+    assert row["status"] == "ok" and len(row["variants_us"]) == 12 and row["algorithm"].startswith("tile=")
+    assert row["resident_us"] > 0 and row["median_us"] == row["variants_us"][row["algorithm"]]
 
 
 def test_pruning_keeps_the_two_largest_of_four():
@@ -357,6 +449,8 @@ def test_summary_states_ratios_floors_and_refusals():
         {"kind": "linear", "peer": "cublas_fp16", "status": "ok", "median_us": 15.0, **shape}
         | {"bytes": 20_000_000, "flops": 9_600_000_000},
         {"kind": "linear", "peer": "cusparselt_fp16", "status": "ok", "median_us": 12.0, **shape},
+        {"kind": "linear", "peer": "cuda_nm24_fp16", "status": "ok", "median_us": 10.0, "algorithm": "tile=5", **shape},
+        {"kind": "linear", "peer": "cuda_tail32_nm24_fp16", "status": "ok", "median_us": 10.5, **shape},
         {"kind": "linear", "peer": "cutlass_fp16", "status": "refused", "reason": "no kernels for this GPU", **shape},
         {"kind": "model", "model": "bert-base", "batch": 8, "length": 128, "peer": "dense_graph"}
         | {"status": "ok", "median_us": 1234.0},
@@ -364,6 +458,8 @@ def test_summary_states_ratios_floors_and_refusals():
     text = gpu_summary.summary([base | row for row in rows])
     assert "# GPU check: Some GPU" in text and "Dry run" not in text
     # 9.6 GFLOP at 800 TFLOP/s take 12 us; 20 MB at 4 TB/s only 5 us.
-    assert "| base.ffn_in | 3072x768 | 2048 | 15 | 12 | 1.25x | - | - | - | - | - |" in text
+    assert "| base.ffn_in | 3072x768 | 2048 | 15 | 12 | 1.25x | 1.50x | - | - | - | - |" in text
+    # 12 us of cuSPARSELt over 10, and 10 over 10.5 with a tail.
+    assert "| base.ffn_in | 2048 | 10 | tile=5 | 1.20x | - | - | - | 0.95x |" in text
     assert "| bert-base | 8x128 | - | 1.23 | - |" in text
     assert "| cutlass_fp16 | refused | 1 | no kernels for this GPU |" in text

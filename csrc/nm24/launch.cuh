@@ -25,10 +25,13 @@ void launch_kernel(const Call& call) {
             if (call.device < 64) asked.fetch_or(bit);
         }
     }
-    const dim3 grid(tiles_of(call.problem, tile), call.solution.splits);
-    const auto stream = reinterpret_cast<cudaStream_t>(call.stream);
-    kernel<<<grid, tile.threads(), tile.shared_bytes(), stream>>>(arguments_of(call));
-    check_cuda(cudaGetLastError(), "nm24_linear", "launch");
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(tiles_of(call.problem, tile), call.solution.splits);
+    launch.blockDim = dim3(tile.threads());
+    launch.dynamicSmemBytes = tile.shared_bytes();
+    launch.stream = reinterpret_cast<cudaStream_t>(call.stream);
+    // Its own status: the last error may be that of an earlier call, which nobody asked for since.
+    check_cuda(cudaLaunchKernelEx(&launch, kernel, arguments_of(call)), "nm24_linear", "launch");
 }
 
 template <Element ELEMENT, int TILE>
