@@ -52,7 +52,7 @@ PARENT = "parent"  # the group of steps that are programs of their own
 NO_DEVICE = 3  # exit statuses of a child process
 DEVICE_LOST = 70
 MOST_VARIANTS = 3  # of one peer that are measured in full
-NOTHING_TO_RUN = 2  # that of tests/gpu/sanitize_cuda.py
+NOTHING_TO_RUN = 2  # that of tests/sanitize_cuda.py
 # What a tool of compute-sanitizer says at its end where it found nothing.
 CLEAN = {"memcheck": ("ERROR SUMMARY: 0 errors",), "racecheck": ("RACECHECK SUMMARY: 0 hazards",)}
 MOST_RESTARTS = 4
@@ -739,7 +739,7 @@ def sanitizer_step(context: Context) -> Outcome:
 
 def every_kernel_step(context: Context, tool: str) -> Outcome:
     """Every instantiation of the CUDA kernels under one of compute-sanitizer's tools."""
-    case = [sys.executable, str(ROOT / "tests" / "gpu" / "sanitize_cuda.py")]
+    case = [sys.executable, str(ROOT / "tests" / "sanitize_cuda.py")]
     log_path = context.settings.out / f"{tool}.log"
     if not context.dry:
         return sanitized(context, tool, case, log_path)

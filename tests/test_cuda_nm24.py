@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import sanitize_cuda
 import simt_build
 import sparsebert as sb
 import tiny_models
@@ -25,10 +25,6 @@ from sparsebert.ops.cuda.mma_sp import MMA_SP
 from sparsebert.ops.cuda.nm24 import Config
 from sparsebert.ops.devices import Device
 from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec, NMSpec
-
-sys.path.append(str(simt_build.ROOT / "tests" / "gpu"))
-
-import sanitize_cuda  # noqa: E402
 
 FLOATS = [torch.float16, torch.bfloat16]
 TOKENS = [1, 7, 8, 9, 33]

@@ -1,6 +1,6 @@
 """Every instantiation of the CUDA kernels on small cases, for the tools of compute-sanitizer to look at.
 
-    compute-sanitizer --tool memcheck python tests/gpu/sanitize_cuda.py
+    compute-sanitizer --tool memcheck python tests/sanitize_cuda.py
 
 A case is a tile, a type of x, rows of x that are wide or not, and one split of the inputs or two; of the float types
 also one with a low-rank tail, and of narrow rows one with columns. Results are compared on the host, so that the tools
