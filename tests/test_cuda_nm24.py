@@ -52,7 +52,7 @@ def on_the_cpu(machine, monkeypatch):
     nm24.configurations.cache_clear()
     yield
     machine.set_order(0)
-    assert not any(counters.any() for counters in nm24._counters.values())
+    assert not any(counters._zeros.any() for counters in nm24._counters.values())
     nm24.configurations.cache_clear()
 
 
@@ -254,6 +254,34 @@ def test_a_split_product_is_the_same_in_every_order_of_blocks(machine, dtype):
         machine.set_order(order)
         results.append(nm24.linear(x, values, metadata, None, **sizes, **scales))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_counters_are_shared_by_a_stream_and_owned_by_each_captured_call():
+    counters = nm24._Counters(torch.device("cpu"))
+    first, second = nm24._Place(0, 1, False), nm24._Place(0, 2, False)
+    captured = first._replace(capturing=True)
+
+    def begins(place, count):
+        return counters.of(place, count).data_ptr()
+
+    assert begins(first, 10) == begins(first, 1000) != begins(second, 10)
+    assert begins(first, 5000) not in {begins(second, 10), begins(captured, 10)}
+    assert begins(captured, 10) != begins(captured, 10)
+    # None is left: a tensor of its own, and zeros all the same.
+    counters.of(captured, counters.SIZE - counters._used)
+    spare = counters.of(captured, 7)
+    assert len(spare) == 7 and not spare.any() and spare.untyped_storage().nbytes() == 7 * 4
+    assert not counters._zeros.any()
+
+
+def test_a_capture_before_anything_was_packed_makes_no_counters_for_others(machine, monkeypatch):
+    monkeypatch.setattr(nm24, "_counters", {})
+    monkeypatch.setattr(nm24, "_place_of", lambda x: nm24._Place(0, 0, True))
+    dense, (values, metadata) = weight_of(64, 512, torch.float16)
+    x = x_of(9, 512, torch.float16)
+    y = nm24.linear(x, values, metadata, None, in_features=512, out_features=64, config=config(machine, 0, 2))
+    check(y, x, dense, None)
+    assert not nm24._counters
 
 
 def test_more_splits_than_inputs(machine):

@@ -45,6 +45,8 @@ def _held(spec: Any, itemsize: int, dtype: torch.dtype | str) -> dict[str, Held]
 
 
 def _nm_from_neutral(weight: list[Tensor], spec: Any, dtype: torch.dtype) -> list[Tensor]:
+    if weight[0].is_cuda:
+        nm24.reserve_counters(weight[0].device)
     return list(mma_sp.pack(weight[0], weight[1], spec.n, spec.m, spec.in_features))
 
 

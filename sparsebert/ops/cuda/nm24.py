@@ -182,11 +182,10 @@ class _Place(NamedTuple):
 
 def _place_of(x: Tensor) -> _Place:
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    return _Place(x.device.index, stream, torch.cuda.is_current_stream_capturing())
-
-
-# Zeros that a call leaves as it found them, by device and stream: calls of a stream follow each other.
-_counters: dict[tuple[int, int], Tensor] = {}
+    if x.device.index == torch.cuda.current_device():
+        return _Place(x.device.index, stream, torch.cuda.is_current_stream_capturing())
+    with torch.cuda.device(x.device):
+        return _Place(x.device.index, stream, torch.cuda.is_current_stream_capturing())
 
 
 def _workspace(
@@ -197,11 +196,49 @@ def _workspace(
         return None, None
     size, count = c.nm24_workspace(tokens=tokens, out_features=out_features, tile=config.tile, splits=config.splits)
     partial = torch.empty(size, dtype=torch.uint8, device=x.device)
-    if place.capturing:
-        # A graph runs on any stream, at any time: it has counters of its own.
+    if place.capturing and x.device not in _counters:
+        # What is made now lies in the graph's memory: zeros for this call alone, filled in at each replay.
         return partial, torch.zeros(count, dtype=torch.int32, device=x.device)
-    key = (place.device, place.stream)
-    held = _counters.get(key)
-    if held is None or len(held) < count:
-        held = _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
-    return partial, held
+    return partial, reserve_counters(x.device).of(place, count)
+
+
+class _Counters:
+    """The counters of split products on a device: zeros that every call leaves as it found them.
+
+    Calls of a stream follow each other and share theirs. A captured graph runs on any stream at any time, so each of
+    its calls has counters of its own, for good. All come from one tensor, which is made before anything is captured or
+    warmed up for it: it must not lie in the memory of a graph.
+    """
+
+    SIZE = 1 << 18  # 1 MiB: some thousand calls in graphs
+
+    def __init__(self, device: torch.device) -> None:
+        self._zeros = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
+        self._used = 0
+        self._of_stream: dict[int, Tensor] = {}
+
+    def of(self, place: _Place, count: int) -> Tensor:
+        if place.capturing:
+            return self._take(count)
+        held = self._of_stream.get(place.stream)
+        if held is None or len(held) < count:
+            held = self._of_stream[place.stream] = self._take(max(count, 1024))
+        return held
+
+    def _take(self, count: int) -> Tensor:
+        if self._used + count > self.SIZE:
+            # Zeroed by a kernel of its own, in a graph at each replay.
+            return self._zeros.new_zeros(count)
+        self._used += count
+        return self._zeros[self._used - count : self._used]
+
+
+_counters: dict[torch.device, _Counters] = {}
+
+
+def reserve_counters(device: torch.device) -> _Counters:
+    """Those of ``device``, made the first time: when a weight is packed for it."""
+    found = _counters.get(device)
+    if found is None:
+        found = _counters.setdefault(device, _Counters(device))
+    return found
