@@ -133,6 +133,15 @@ def test_what_compute_sanitizer_looks_at(machine):
     assert all(sanitize_cuda.run(case, torch.device("cpu")) for case in found)
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_every_tile_is_computed_once(machine, splits):
+    """More tiles of tokens than run side by side, and several of features: outputs may be written once only."""
+    dense, (values, metadata) = weight_of(200, 256, torch.float16)
+    x = x_of(150, 256, torch.float16)
+    y = nm24.linear(x, values, metadata, None, in_features=256, out_features=200, config=config(machine, 0, splits))
+    check(y, x, dense, None)
+
+
 # Patterns and numbers
 
 
@@ -545,6 +554,18 @@ def test_a_model_runs_on_the_kernel_alone(cpu_is_served, packed):
     # Another order of sums, through two layers with their norms.
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
     assert not torch.equal(y, torch.zeros_like(y))
+
+
+def test_opcheck(cpu_is_served):
+    for columns in (None, torch.arange(2, 86, dtype=torch.int32)):
+        dense, weight = weight_of(70, 84, torch.float16)
+        x = x_of(5, 84 if columns is None else 90, torch.float16)
+        arguments = (x, list(weight), torch.randn(70).half(), columns)
+        spec = NMSpec(2, 4, 84, 70)
+        with sb.backend("cuda"):
+            torch.library.opcheck(
+                torch.ops.sparsebert.nm_linear.default, arguments, {"layout": MMA_SP, **spec._asdict()}
+            )
 
 
 def test_explain_names_tile_and_splits(cpu_is_served):
