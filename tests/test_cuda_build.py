@@ -41,7 +41,7 @@ EXPECTED = [
     for arch in ("80", "90a", "120")
     for element, products in PRODUCTS
     # Weights past the L1, but where two warps read the same ones.
-    for tile, load in (("[0-3]", "LDG.E.NA.128.CONSTANT"), ("[45]", "LDG.E.128.CONSTANT"))
+    for tile, load in (("[0-3]", "LDG.E.NA.128.CONSTANT"), ("[456]", "LDG.E.128.CONSTANT"))
     for access, copy in ((0, "LDGSTS.E.BYPASS.128"), (1, "LDGSTS.E"))
 ]
 

@@ -80,11 +80,11 @@ def sums_of(x, dense):
     return (x.long() @ dense.long().t()).int()
 
 
-def tiles(machine_count=6):
-    return range(machine_count)
+def tiles():
+    return range(7)
 
 
-def test_there_are_six_tiles(machine):
+def test_these_are_all_tiles(machine):
     assert len(machine.TILES) == len(tiles())
     for features, tokens, _, shared in machine.TILES:
         assert features % 64 == 0 and tokens % 8 == 0 and shared <= 99 << 10
@@ -257,12 +257,14 @@ def test_a_split_product_is_the_same_in_every_order_of_blocks(machine, dtype):
     scales = (
         {"x_scale": torch.ones(19), "scales": torch.ones(130), "dtype": torch.float32} if dtype == torch.int8 else {}
     )
-    sizes = {"in_features": in_features, "out_features": 130, "config": config(machine, 1, 4)}
-    results = []
-    for order in (0, -1, 7, 8):
-        machine.set_order(order)
-        results.append(nm24.linear(x, values, metadata, None, **sizes, **scales))
-    assert all(torch.equal(result, results[0]) for result in results)
+    sizes = {"in_features": in_features, "out_features": 130}
+    # The second in two parts of its features.
+    for configuration in (config(machine, 1, 4), config(machine, 6, 4)):
+        results = []
+        for order in (0, -1, 7, 8):
+            machine.set_order(order)
+            results.append(nm24.linear(x, values, metadata, None, **sizes, **scales, config=configuration))
+        assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_counters_are_shared_by_a_stream_and_owned_by_each_captured_call():
@@ -304,7 +306,7 @@ def test_more_splits_than_inputs(machine):
 
 
 @pytest.mark.parametrize("rank", [16, 32, 48, 80, 272])
-@pytest.mark.parametrize(("tile", "splits"), [(0, 1), (1, 2), (3, 1), (4, 3), (5, 1)])
+@pytest.mark.parametrize(("tile", "splits"), [(0, 1), (1, 2), (3, 1), (4, 3), (5, 1), (6, 2)])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_low_rank(machine, dtype, tile, splits, rank):
     out_features, in_features = machine.TILES[tile][0] + 6, 200
@@ -413,7 +415,7 @@ def call_of(machine, **changes):
         ({"tokens": 0}, "tokens is 0, expected 1 to"),
         ({"rank": 8}, "rank is 8, expected a multiple of 16"),
         ({"rank": 16}, "t is missing, expected a tensor"),
-        ({"tile": 6}, "tile is 6, expected 0 to 5"),
+        ({"tile": 7}, "tile is 7, expected 0 to 6"),
         ({"splits": 17}, "splits is 17, expected 1 to 16"),
         ({"splits": 2}, "partial is missing"),
         ({"activation": 4}, "activation is 4, expected 0 to 3"),
@@ -486,7 +488,8 @@ def test_solutions_fit_their_device(element, tokens, fours, out_features, shared
         assert 1 <= splits <= min(16, -(-4 * fours // stage))
         size, counters = module.nm24_workspace(tokens, out_features, tile, splits)
         blocks = -(-out_features // features) * -(-tokens // width)
-        assert (size, counters) == ((0, 0) if splits == 1 else (4 * blocks * splits * features * width, blocks))
+        parts = -(-features // 128)
+        assert (size, counters) == ((0, 0) if splits == 1 else (4 * blocks * splits * features * width, blocks * parts))
 
 
 @pytest.mark.parametrize(
@@ -495,7 +498,7 @@ def test_solutions_fit_their_device(element, tokens, fours, out_features, shared
         (lambda m: m.nm24_solutions(3, 1, 64, 64, 0, 132, 0), "element is 3, expected 0 to 2"),
         (lambda m: m.nm24_solutions(0, 0, 64, 64, 0, 132, 0), "tokens is 0, expected 1 to"),
         (lambda m: m.nm24_solutions(0, 1, 63, 64, 0, 132, 0), "in_features is 63, expected a multiple of 4"),
-        (lambda m: m.nm24_workspace(1, 64, 6, 1), "tile is 6, expected 0 to 5"),
+        (lambda m: m.nm24_workspace(1, 64, 7, 1), "tile is 7, expected 0 to 6"),
         (lambda m: m.nm24_workspace(1, 64, 0, 0), "splits is 0, expected 1 to 16"),
     ],
 )

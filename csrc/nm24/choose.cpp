@@ -13,7 +13,7 @@ constexpr double BYTES_A_CLOCK = 32;     // from the L2
 constexpr double STAGE_CLOCKS = 120;     // a barrier and what the pipeline does not hide
 constexpr double BLOCK_CLOCKS = 3000;    // first loads, the transposed sums, the result
 constexpr double SPLIT_CLOCKS = 1500;    // a round trip to the workspace
-constexpr int BLOCKS_A_SM = 2;
+constexpr int THREADS_A_SM = 256;        // with as many registers as the kernels take
 constexpr int SMS = 132;  // of a device that does not say
 constexpr int MOST_SOLUTIONS = 12;
 
@@ -30,9 +30,10 @@ double clocks(const Problem& problem, const Solution& solution) {
     const double bytes = (tile.features() * 72.0 + tile.tokens * 128.0) * tile.warps_k;
     const double stage = std::max(products * PRODUCT_CLOCKS, bytes / BYTES_A_CLOCK) + STAGE_CLOCKS;
     const int blocks = tiles_of(problem, tile) * solution.splits;
-    const int at_once = BLOCKS_A_SM * sms_of(problem);
+    const int blocks_a_sm = THREADS_A_SM / tile.threads();
+    const int at_once = blocks_a_sm * sms_of(problem);
     // Blocks that share a multiprocessor share its products and loads, not their waiting.
-    const int sharing = std::min(BLOCKS_A_SM, ceil_div(blocks, sms_of(problem)));
+    const int sharing = std::min(blocks_a_sm, ceil_div(blocks, sms_of(problem)));
     const int stages = ceil_div(stages_of(problem, tile), solution.splits);
     const double splitting = solution.splits > 1 ? SPLIT_CLOCKS + 150.0 * solution.splits : 0;
     return ceil_div(blocks, at_once) * (stages * stage * sharing + BLOCK_CLOCKS + splitting);

@@ -30,8 +30,8 @@ struct Arguments {
     const float* output_scale;  // [], of an int8 y
     void* y;                 // [tokens][out_features]
     float* y_scale;          // [tokens], of an int8 y
-    Words4* partial;         // [tiles][splits][tokens of a tile][features of a tile], four bytes each
-    uint32_t* arrivals;      // [tiles], zeros before and after
+    Words4* partial;         // [tiles][parts][splits][tokens of a tile][features of a part], four bytes each
+    uint32_t* arrivals;      // [tiles][parts], zeros before and after
     int64_t x_stride;
     int tokens;
     int in_features;
@@ -136,9 +136,11 @@ class Linear {
 
     SB_DEVICE void run() {
         multiply();
-        gather_sums();
-        if (args.splits > 1 && !add_up_splits()) return;
-        finish();
+#pragma unroll 1
+        for (int part = 0; part < tile.parts(); ++part) {
+            gather_sums(part);
+            if (args.splits == 1 || add_up_splits(part)) finish(part);
+        }
     }
 
   private:
@@ -392,12 +394,13 @@ class Linear {
         return reinterpret_cast<Sum*>(shared) + token * tile.sums_pitch() + feature;
     }
 
-    // Transposes the sums to [tokens][features] in shared memory, where the warps that shared the inputs add theirs one
-    // after the other, always in the same order.
-    SB_DEVICE void gather_sums() {
+    // Transposes the sums of a part to [tokens][features] in shared memory, where the warps that shared the inputs add
+    // theirs one after the other, always in the same order.
+    SB_DEVICE void gather_sums(int part) {
+        constexpr int WARPS = tile.warps_m / tile.parts();
         for (int turn = 0; turn < tile.warps_k; ++turn) {
             sync_block();
-            if (turn != warp_k) continue;
+            if (turn != warp_k || warp_m / WARPS != part) continue;
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
@@ -405,7 +408,7 @@ class Linear {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const int token = (warp_n * N_TILES + n) * 8 + lane % 4 * 2 + i % 2;
-                        const int feature = warp_m * BLOCK_FEATURES + m * 16 + lane / 4 + i / 2 * 8;
+                        const int feature = warp_m % WARPS * BLOCK_FEATURES + m * 16 + lane / 4 + i / 2 * 8;
                         Sum* to = sum_at(token, feature);
                         store_shared(to, turn ? load_shared(to) + sums[m][n][i] : sums[m][n][i]);
                     }
@@ -413,19 +416,19 @@ class Linear {
         sync_block();
     }
 
-    // Leaves this split's sums in the workspace. The block that arrives last adds all of a tile in the order of the
-    // splits, its own among them, and alone returns true.
-    SB_DEVICE bool add_up_splits() {
-        constexpr int QUADS = tile.features() / 4;
+    // Leaves this split's sums of a part in the workspace. The block that arrives last adds all of them in the order of
+    // the splits, its own among them, and alone returns true.
+    SB_DEVICE bool add_up_splits(int part) {
         constexpr int COUNT = tile.tokens * QUADS;
-        Words4* all = args.partial + static_cast<int64_t>(block_x()) * args.splits * COUNT;
+        const int place = block_x() * tile.parts() + part;
+        Words4* all = args.partial + static_cast<int64_t>(place) * args.splits * COUNT;
         for (int i = thread; i < COUNT; i += tile.threads())
             store_global(all + block_y() * COUNT + i, load_shared(quad_at(i)));
         fence_device();
         sync_block();
-        // Where the first sum was: nobody needs the tile any more, the last block reads its own back.
+        // Where the first sum was: nobody needs the sums any more, the last block reads its own back.
         auto* arrived = reinterpret_cast<uint32_t*>(shared);
-        if (thread == 0) store_shared(arrived, atomic_add(args.arrivals + block_x(), 1));
+        if (thread == 0) store_shared(arrived, atomic_add(args.arrivals + place, 1));
         sync_block();
         const bool last = load_shared(arrived) == static_cast<uint32_t>(args.splits) - 1;
         sync_block();
@@ -437,13 +440,14 @@ class Linear {
             store_shared(quad_at(i), total);
         }
         // For the next call.
-        if (thread == 0) store_global(args.arrivals + block_x(), uint32_t{0});
+        if (thread == 0) store_global(args.arrivals + place, uint32_t{0});
         sync_block();
         return true;
     }
 
+    static constexpr int QUADS = tile.part_features() / 4;
+
     SB_DEVICE Words4* quad_at(int i) {
-        constexpr int QUADS = tile.features() / 4;
         return reinterpret_cast<Words4*>(sum_at(i / QUADS, i % QUADS * 4));
     }
 
@@ -471,11 +475,11 @@ class Linear {
     // The result
 
     // Each thread has 8 features, whose bias and scales it reads once, of some of the tokens.
-    SB_DEVICE void finish() {
-        constexpr int ACROSS = tile.features() / WIDTH;
+    SB_DEVICE void finish(int part) {
+        constexpr int ACROSS = tile.part_features() / WIDTH;
         constexpr int ROWS = tile.threads() / ACROSS;
         const int first = thread % ACROSS * WIDTH;
-        const int feature = feature_tile * tile.features() + first;
+        const int feature = feature_tile * tile.features() + part * tile.part_features() + first;
         if (feature >= args.out_features) return;
         const int left = args.out_features - feature;
         const int count = left < WIDTH ? left : WIDTH;

@@ -30,7 +30,8 @@ SB_BOTH constexpr int block_inputs(Element element) { return BLOCK_BYTES / size_
 SB_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // One way to cut the product: a thread block computes `features() x tokens` of y by warps of 64 features each;
-// `warps_k` of them share each part of y and every stage's inputs.
+// `warps_k` of them share each piece of y and every stage's inputs. It finishes y in parts of 128 features at most, whose
+// sums fit into shared memory.
 struct Tile {
     int tokens;
     int warps_m;
@@ -41,8 +42,10 @@ struct Tile {
     SB_BOTH constexpr int features() const { return BLOCK_FEATURES * warps_m; }
     SB_BOTH constexpr int threads() const { return 32 * warps_m * warps_n * warps_k; }
     SB_BOTH constexpr int stage_bytes() const { return tokens * warps_k * BLOCK_BYTES; }
-    // The tile of sums [tokens][features + 4], four bytes each: the 4 keep a warp's stores in different banks.
-    SB_BOTH constexpr int sums_pitch() const { return features() + 4; }
+    SB_BOTH constexpr int parts() const { return (warps_m + 1) / 2; }
+    SB_BOTH constexpr int part_features() const { return features() / parts(); }
+    // The sums of a part, [tokens][features + 4], four bytes each: the 4 keep a warp's stores in different banks.
+    SB_BOTH constexpr int sums_pitch() const { return part_features() + 4; }
     SB_BOTH constexpr int shared_bytes() const {
         const int sums = tokens * sums_pitch() * 4;
         return sums > stages * stage_bytes() ? sums : stages * stage_bytes();
@@ -51,7 +54,8 @@ struct Tile {
 
 // Every tile that is compiled, for each Element: few tokens first. None needs more shared memory than sm_86 has (99 KiB).
 constexpr Tile TILES[] = {
-    {8, 1, 1, 4, 4}, {16, 1, 1, 4, 4}, {32, 1, 1, 4, 3}, {32, 2, 1, 2, 4}, {64, 2, 2, 1, 4}, {128, 2, 2, 1, 4},
+    {8, 1, 1, 4, 4},  {16, 1, 1, 4, 4},  {32, 1, 1, 4, 3},  {32, 2, 1, 2, 4},
+    {64, 2, 2, 1, 4}, {128, 2, 2, 1, 4}, {128, 4, 2, 1, 4},
 };
 constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 // Most parts that the inputs are divided into.
@@ -79,14 +83,15 @@ inline int tiles_of(const Problem& problem, const Tile& tile) {
     return ceil_div(problem.out_features, tile.features()) * ceil_div(problem.tokens, tile.tokens);
 }
 
-// Bytes of the workspace that the partial sums of all splits take, and the counters of arrivals (uint32, zeroed).
+// Bytes of the workspace that the partial sums of all splits take, and the counters of arrivals, one for each part of
+// a tile (uint32, zeroed).
 inline int64_t partial_bytes(const Problem& problem, const Solution& solution) {
     const Tile& tile = TILES[solution.tile];
     if (solution.splits == 1) return 0;
     return int64_t{4} * tiles_of(problem, tile) * solution.splits * tile.tokens * tile.features();
 }
 inline int counters(const Problem& problem, const Solution& solution) {
-    return solution.splits == 1 ? 0 : tiles_of(problem, TILES[solution.tile]);
+    return solution.splits == 1 ? 0 : tiles_of(problem, TILES[solution.tile]) * TILES[solution.tile].parts();
 }
 
 }  // namespace sparsebert::nm24
