@@ -119,7 +119,7 @@ def main() -> int:
         result = "listed" if options.list else "right" if run(case, device) else "WRONG"
         wrong += result == "WRONG"
         print(f"{case}: {result}", flush=True)
-    print(f"{len(every)} cases, {wrong} wrong")
+    print(f"{len(every)} cases, {'listed' if options.list else f'{wrong} wrong'}")
     return 1 if wrong else 0
 
 
