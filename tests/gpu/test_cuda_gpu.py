@@ -245,7 +245,7 @@ def test_low_rank_against_float64(rank, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_columns_are_gathered_and_a_residual_is_added(dtype):
-    """What no op asks for yet, of the kernel itself."""
+    """Of the kernel itself: no op asks for a residual yet."""
     kept, wide = 768, 1001
     columns = torch.sort(torch.randperm(wide)[:kept]).values
     dense, (values, metadata), spec = nm_weight(200, kept, dtype)
