@@ -246,6 +246,20 @@ def test_int8_through_its_layout(machine, n, m, activations):
     torch.testing.assert_close(y, reference.run(x, weight, bias, problem), rtol=2**-10, atol=2**-12)
 
 
+def test_int8_in_and_out_through_its_layout(machine):
+    """As the op on int8 rows calls it, by powers of two: the integers and scales of the reference."""
+    dense, _ = weight_of(70, 144, torch.int8)
+    spec = Int8Spec("dynamic", 2, 4, 144, 70)
+    neutral = [*nm.pack(dense, 2, 4), torch.ones(70)]
+    weight = layouts.get("int8_linear", MMA_SP).from_neutral(neutral, spec, torch.float32)
+    cuda, reference = select.candidates("int8_linear", MMA_SP)
+    q, s, step = x_of(9, 144, torch.int8), torch.ones(9), torch.tensor(64.0)
+    problem = select.Problem(MMA_SP, H200, torch.float32, spec, 9, "none")
+    y, scales = cuda.run.again(q, s, weight, None, step, problem, configuration=cuda.configurations(problem)[0])
+    expected, expected_scales = reference.run.again(q, s, weight, None, step, problem)
+    assert y.dtype == torch.int8 and torch.equal(y, expected) and torch.equal(scales, expected_scales)
+
+
 # Splits
 
 

@@ -102,14 +102,16 @@ class Kernels:
     - ``multiply(q int8 (tokens, in), s fp32 (tokens), weight, bias, problem)``: activation((q Q_wᵀ) s s_w + b),
       ``(tokens, out)`` in the problem's dtype;
     - ``quantize(x (tokens, in), input_scale)``: q and s as ``formats.int8.quantize_rows`` gives them;
-    - ``requantize(q, s, weight, bias, output_scale, problem)``: the product as int8, and its scales ``(tokens)``.
+
+    ``requantizes``: ``multiply`` also takes ``output_scale ()``, gives the product as int8 by it, and writes its scales
+    to ``y_scale fp32 (tokens)``.
 
     Called with floats, as every candidate is, they quantize and multiply; ``direct`` takes the place of both.
     """
 
     multiply: Callable[..., Tensor]
     quantize: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] = int8.quantize_rows
-    requantize: Callable[..., tuple[Tensor, Tensor]] | None = None
+    requantizes: bool = False
     direct: Callable[..., Tensor] | None = None
 
     def __call__(
@@ -132,8 +134,10 @@ class Kernels:
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         """The product as int8: from fp32, not rounded in between."""
-        if self.requantize is not None:
-            return self.requantize(q, s, weight, bias, output_scale, problem, **options)
+        if self.requantizes:
+            y_scale = torch.empty_like(s)
+            scales = {"output_scale": output_scale, "y_scale": y_scale}
+            return self.multiply(q, s, weight, bias, problem, **scales, **options), y_scale
         y = self.multiply(q, s, weight, bias, problem._replace(dtype=torch.float32), **options)
         return int8.quantize_rows(y, output_scale)
 

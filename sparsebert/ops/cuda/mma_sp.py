@@ -152,28 +152,13 @@ def _int8_multiply(
     )
 
 
-def _int8_requantize(
-    q: Tensor,
-    s: Tensor,
-    weight: list[Tensor],
-    bias: Tensor | None,
-    output_scale: Tensor,
-    problem: Problem,
-    *,
-    configuration: Config,
-) -> tuple[Tensor, Tensor]:
-    y_scale = torch.empty_like(s)
-    scale = {"output_scale": output_scale, "y_scale": y_scale}
-    return _int8_multiply(q, s, weight, bias, problem, configuration=configuration, **scale), y_scale
-
-
 def _quantize(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     # By whatever serves that here: the product alone can be forced to be this backend's.
     problem = select.problem_of(RowsSpec(x.shape[-1]), NEUTRAL, x, "none")
     return select.choose(problem, force=False).candidate.run(x, input_scale, problem)
 
 
-_KERNELS = int8.Kernels(_int8_multiply, _quantize, _int8_requantize)
+_KERNELS = int8.Kernels(_int8_multiply, _quantize, requantizes=True)
 select.add_candidate(Candidate(int8.OP, MMA_SP, "cuda", _TEXT, _serves, _KERNELS, configurations))
 
 

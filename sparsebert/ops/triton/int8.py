@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from sparsebert.ops import int8, quantized, select
@@ -79,21 +78,6 @@ def _multiply(
     )
 
 
-def _requantize(
-    q: Tensor,
-    s: Tensor,
-    weight: list[Tensor],
-    bias: Tensor | None,
-    output_scale: Tensor,
-    problem: Problem,
-    *,
-    configuration: Config,
-) -> tuple[Tensor, Tensor]:
-    y_scale = torch.empty_like(s)
-    scales = {"output_scale": output_scale, "y_scale": y_scale}
-    return _multiply(q, s, weight, bias, problem, configuration=configuration, **scales), y_scale
-
-
 def _quantize_rows(x: Tensor, input_scale: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor]:
     from sparsebert.kernels.quantize_rows import quantize_rows
 
@@ -101,7 +85,7 @@ def _quantize_rows(x: Tensor, input_scale: Tensor | None, problem: Problem) -> t
     return q.view(x.shape), s.view(x.shape[:-1])
 
 
-_KERNELS = int8.Kernels(_multiply, _quantize, _requantize)
+_KERNELS = int8.Kernels(_multiply, _quantize, requantizes=True)
 for _layout, _text in (
     (NEUTRAL, "Triton: int8 tensor cores, an n:m weight unpacked in registers"),
     (int8.UNPACKED, "Triton: int8 tensor cores"),
