@@ -39,6 +39,24 @@ def test_statistics_of_known_samples():
     assert json.loads(json.dumps(found.to_dict()))["p80_us"] == 4.2
 
 
+def test_tails_are_those_of_single_calls():
+    samples = [float(i) for i in range(101)]
+    assert Timing.from_samples(samples, "cpu-wall").p99_us is None
+    assert "p99_us" not in Timing.from_samples(samples, "cpu-wall").to_dict()
+    found = Timing.from_samples(samples, "cpu-wall", single=True)
+    assert (found.p95_us, found.p99_us) == (95.0, 99.0) and found.to_dict()["p99_us"] == 99.0
+
+
+def test_single_calls_are_samples_of_their_own():
+    clock = Clock()
+    found = measure(clock.call("a", 3e-6), device="cpu", budget_s=0.001, single=True, clock=clock)
+    assert len(clock.log) == 4 + found.repeats and found.p99_us == pytest.approx(3.0)
+    # Two calls a turn: a sample is their mean, and says nothing of either's tail.
+    assert measure([clock.call("a", 1e-3)] * 2, device="cpu", single=True, clock=clock).p99_us is None
+    # A call as long as the shortest stretch is a sample by itself.
+    assert measure(clock.call("a", 1e-3), device="cpu", clock=clock).p99_us == pytest.approx(1000.0)
+
+
 def test_one_slow_sample_moves_no_statistic_far():
     found = Timing.from_samples([10.0] * 9 + [10_000.0], "cpu-wall")
     assert (found.median_us, found.p20_us, found.p80_us, found.mad_us) == (10.0, 10.0, 10.0, 0.0)
@@ -216,13 +234,28 @@ def test_real_clock_on_this_cpu():
 def test_environment_names_what_a_reader_needs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SPARSEBERT_COMMIT", raising=False)
     record = environments.environment("cpu")
-    wanted = "sparsebert commit date dirty python platform torch triton transformers cpu cpu_count cpu_threads "
+    wanted = "sparsebert commit date dirty measured triton_sources cuda_sources "
+    wanted += "python platform torch triton transformers cpu cpu_count cpu_threads "
     wanted += "gpu sm_count capability l2_bytes gpu_memory_bytes cuda driver cusparselt"
     assert sorted(record) == sorted(wanted.split())
     assert json.loads(json.dumps(record)) == record
     assert record["torch"] == torch.__version__
     assert record["cpu_threads"] == torch.get_num_threads()
     assert record["gpu"] is None and record["driver"] is None
+
+
+def test_kernel_sources_are_told_apart_by_name_and_text(tmp_path):
+    assert environments._digest(tmp_path / "absent", (".cu",)) is None
+    (tmp_path / "a.cu").write_text("one")
+    first = environments._digest(tmp_path, (".cu",))
+    (tmp_path / "notes.md").write_text("not a source")
+    assert environments._digest(tmp_path, (".cu",)) == first
+    (tmp_path / "a.cu").write_text("two")
+    second = environments._digest(tmp_path, (".cu",))
+    (tmp_path / "a.cu").rename(tmp_path / "b.cu")
+    assert len({first, second, environments._digest(tmp_path, (".cu",))}) == 3
+    record = environments.environment("cpu")
+    assert record["triton_sources"] != record["cuda_sources"] and len(record["triton_sources"]) == 16
 
 
 def test_commit_comes_from_the_environment_first(monkeypatch: pytest.MonkeyPatch):

@@ -73,7 +73,13 @@ RULES = {
         lazy_packages=("accelerate",),
     ),
     # On top: the public API. `roles` and `configs` are the words a user types, `plan` the file he gives.
-    "bench": Rule(uses=("public",), packages=("torch", "numpy"), lazy_packages=("matplotlib",)),
+    # bench also measures layouts and kernels one by one, by what selection sees of them, and loads the peers it names.
+    "bench": Rule(
+        uses=("public", "ops", "nn", "formats", "configs"),
+        lazy_uses=("tuning",),
+        packages=("torch", "numpy"),
+        lazy_packages=("matplotlib", "transformers", "torchao"),
+    ),
     "cli": Rule(
         uses=("public", "bench", "configs", "plan", "calibration", "roles", "storage"),
         packages=("torch", "typer", "rich", "safetensors"),

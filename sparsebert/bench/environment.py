@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import os
 import platform
 import subprocess
@@ -13,12 +15,18 @@ import torch
 __all__ = ["device_label", "environment"]
 
 UNKNOWN = "unknown"
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def environment(device: torch.device | str | None = None) -> dict[str, object]:
-    """What a reader needs to judge a measurement: software versions, the processor, the GPU if there is one,
-    and the commit of this package. Every value is JSON-able; what cannot be found is ``None`` (versions, GPU
-    fields) or ``"unknown"`` (commit, date).
+    """What a reader needs to judge a measurement: when it was taken (``measured``, UTC), software versions, the
+    processor, the GPU if there is one, the commit of this package, and what its kernels were built from. Every
+    value is JSON-able; what cannot be found is ``None`` (versions, GPU fields, sources) or ``"unknown"`` (commit,
+    date).
+
+    ``date`` is that of the commit. ``triton_sources`` and ``cuda_sources`` are hashes of the kernels' files, the
+    latter ``None`` in an installed package, which has no ``csrc``: rows of the same hash are of the same kernels,
+    whatever else a commit changed.
 
     ``device`` selects the GPU described and defaults to the current one; a CPU device leaves the GPU fields
     ``None`` even where a GPU is present. ``SPARSEBERT_COMMIT`` and ``SPARSEBERT_DATE`` stand in for a git
@@ -31,6 +39,9 @@ def environment(device: torch.device | str | None = None) -> dict[str, object]:
         "commit": commit,
         "date": date,
         "dirty": dirty,
+        "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "triton_sources": _digest(PACKAGE / "kernels", (".py",)),
+        "cuda_sources": _digest(PACKAGE.parent / "csrc", (".cu", ".cuh", ".h", ".cpp")),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": str(torch.__version__),
@@ -102,6 +113,18 @@ def _commit() -> tuple[str, str, bool | None]:
     date = date or _output("git", "-C", str(root), "show", "-s", "--format=%cI", "HEAD") or UNKNOWN
     changes = _output("git", "-C", str(root), "status", "--porcelain")
     return found, date, None if changes is None else bool(changes)
+
+
+def _digest(folder: Path, suffixes: tuple[str, ...]) -> str | None:
+    """SHA-256 (its first 16 digits) of the names and texts of all files under ``folder`` with these suffixes."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix in suffixes)
+    if not files:
+        return None
+    found = hashlib.sha256()
+    for file in files:
+        found.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _output(*command: str) -> str | None:

@@ -42,7 +42,8 @@ _MOST_REPEATS = 10_000
 class Timing:
     """Microseconds of one call: the median of ``repeats`` samples, their 20th and 80th percentile, and
     ``mad_us``, the median distance from the median. ``mode`` is ``cpu-wall``, ``cuda-events`` or
-    ``cuda-graph``."""
+    ``cuda-graph``. The 95th and 99th percentile are those of calls, so they are None where a sample was the
+    mean of several."""
 
     median_us: float
     p20_us: float
@@ -50,10 +51,13 @@ class Timing:
     mad_us: float
     repeats: int
     mode: str
+    p95_us: float | None = None
+    p99_us: float | None = None
 
     @classmethod
-    def from_samples(cls, samples_us: Sequence[float], mode: str) -> Timing:
-        """Summarise samples (microseconds). Percentiles interpolate linearly between neighbours."""
+    def from_samples(cls, samples_us: Sequence[float], mode: str, *, single: bool = False) -> Timing:
+        """Summarise samples (microseconds); ``single`` says that each was one call. Percentiles interpolate
+        linearly between neighbours."""
         if not samples_us:
             raise ValueError("Timing: no samples to summarise, expected at least one")
         ordered = sorted(samples_us)
@@ -65,11 +69,13 @@ class Timing:
             mad_us=statistics.median(abs(sample - median) for sample in ordered),
             repeats=len(ordered),
             mode=mode,
+            p95_us=_quantile(ordered, 0.95) if single else None,
+            p99_us=_quantile(ordered, 0.99) if single else None,
         )
 
     def to_dict(self) -> dict[str, float | int | str]:
-        """The fields by name, ready for JSON."""
-        return asdict(self)
+        """The fields that are known by name, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:
@@ -136,6 +142,7 @@ def measure(
     warmup: int = 3,
     min_repeats: int = 5,
     graph: bool = False,
+    single: bool = False,
     clock: Clock | None = None,
 ) -> Timing:
     """Time one call; see :func:`measure_together` for the arguments."""
@@ -146,6 +153,7 @@ def measure(
         warmup=warmup,
         min_repeats=min_repeats,
         graph=graph,
+        single=single,
         clock=clock,
     )
     return timings["call"]
@@ -159,13 +167,15 @@ def measure_together(
     warmup: int = 3,
     min_repeats: int = 5,
     graph: bool = False,
+    single: bool = False,
     clock: Clock | None = None,
 ) -> dict[str, Timing]:
     """Time several calls in turns, A B A B ..., so that a drift of the machine touches all of them alike.
 
     ``budget_s`` is the wall time for the samples of all of them together; ``min_repeats`` samples each are
     taken even if that needs longer. ``warmup`` turns run first (fewer where they alone outlast the budget,
-    but one at least), outside the budget. ``graph`` replays CUDA graphs instead of calling. ``clock``
+    but one at least), outside the budget. ``graph`` replays CUDA graphs instead of calling. ``single`` has each
+    sample be one call however short, so that the 95th and 99th percentile of calls are known. ``clock``
     (seconds) stands in for ``time.perf_counter``: it decides when the budget is spent, and on a CPU it is
     also what times the samples.
     """
@@ -191,8 +201,9 @@ def measure_together(
             turn.run()
     timer.wait()
     rough = next(iter(timer.rounds(turns, 1)))
-    for turn, seconds in zip(turns, rough, strict=True):
-        turn.repeat = max(1, math.ceil(_SHORTEST_SAMPLE_S[mode] / max(seconds, 1e-9)))
+    if not single:
+        for turn, seconds in zip(turns, rough, strict=True):
+            turn.repeat = max(1, math.ceil(_SHORTEST_SAMPLE_S[mode] / max(seconds, 1e-9)))
     round_s = sum(turn.repeat * max(seconds, 1e-9) for turn, seconds in zip(turns, rough, strict=True))
 
     samples: list[list[float]] = [[] for _ in turns]
@@ -202,7 +213,10 @@ def measure_together(
         for round_seconds in timer.rounds(turns, queued):
             for kept, turn, seconds in zip(samples, turns, round_seconds, strict=True):
                 kept.append(seconds / (turn.repeat * turn.calls) * 1e6)
-    return {name: Timing.from_samples(kept, mode) for name, kept in zip(fns, samples, strict=True)}
+    return {
+        name: Timing.from_samples(kept, mode, single=turn.repeat * turn.calls == 1)
+        for name, kept, turn in zip(fns, samples, turns, strict=True)
+    }
 
 
 def _as_calls(calls: Call | Sequence[Call]) -> list[Call]:
