@@ -56,7 +56,8 @@ import gpu_summary  # noqa: E402
 PARENT = "parent"  # the group of steps that are programs of their own
 NO_DEVICE = 3  # exit statuses of a child process
 DEVICE_LOST = 70
-NOTHING_TO_RUN = 2  # that of tests/sanitize_cuda.py
+NOTHING_TO_RUN = 2  # that of tests/sanitize_cuda.py and _triton.py
+SANITIZED = {"cuda": "--list", "triton": "--dry"}  # and their option for a dry run
 # What a tool of compute-sanitizer says at its end where it found nothing.
 CLEAN = {"memcheck": ("ERROR SUMMARY: 0 errors",), "racecheck": ("RACECHECK SUMMARY: 0 hazards",)}
 MOST_RESTARTS = 4
@@ -453,51 +454,21 @@ def compiled_models_step(context: Context) -> Outcome:
     return walk(context, [job for job in jobs if job.row["execution"] == "compiled"], 30.0)
 
 
-def small_case(device: str) -> None:
-    """One packed layer, forward, against the dense product: small enough for a memory checker."""
-    import torch
-
-    import sparsebert as sb
-    from sparsebert.formats import nm
-
-    torch.manual_seed(0)
-    dtype = torch.float16
-    linear = torch.nn.Linear(128, 64, dtype=dtype)
-    with torch.no_grad():
-        linear.weight.copy_(nm.project(linear.weight, 2, 4))
-    packed = sb.nn.NMLinear.from_linear(linear, sb.NMConfig(2, 4), name="small case").to(device)
-    x = torch.randn(24, 128, dtype=dtype)
-    with torch.no_grad():
-        y = packed(x.to(device)).cpu().double()
-        expected = x.double() @ linear.weight.double().T + linear.bias.double()
-    error = float((y - expected).norm() / expected.norm())
-    if not error <= 2e-3:
-        raise RuntimeError(f"packed layer on {device}: relative error {error:.3g}, expected at most 2e-3")
-    print(f"packed layer on {device}: relative error {error:.3g}")
-
-
-def sanitizer_step(context: Context) -> Outcome:
-    """The small case under compute-sanitizer's memory check, where that program is there and works."""
-    case = [sys.executable, str(HERE / "gpu_check.py"), "--small-case"]
-    log_path = context.settings.out / "sanitizer.log"
-    if context.dry:
-        status, output = run_logged([*case, "cpu"], log_path, context.left())
-        if status != 0:
-            return Outcome("failed", f"the small case ended with status {status}: {last_line(output)}")
-        return Outcome("skipped", "DRY: the small case ran on the CPU without a memory checker")
-    return sanitized(context, "memcheck", [*case, "cuda"], log_path)
-
-
 def every_kernel_step(context: Context, tool: str) -> Outcome:
-    """Every instantiation of the CUDA kernels under one of compute-sanitizer's tools."""
-    case = [sys.executable, str(ROOT / "tests" / "sanitize_cuda.py")]
+    """Every instantiation of the CUDA kernels, and every Triton kernel, under one of compute-sanitizer's tools."""
     log_path = context.settings.out / f"{tool}.log"
-    if not context.dry:
-        return sanitized(context, tool, case, log_path)
-    status, output = run_logged([*case, "--list"], log_path, context.left())
-    if status not in (0, NOTHING_TO_RUN):
-        return Outcome("failed", f"listing the cases ended with status {status}: {last_line(output)}")
-    return Outcome("skipped", f"DRY: {last_line(output)}")
+    found = {}
+    for number, (name, dry_option) in enumerate(SANITIZED.items()):
+        case = [sys.executable, str(ROOT / "tests" / f"sanitize_{name}.py")]
+        limit_s = context.left() / (len(SANITIZED) - number)
+        if not context.dry:
+            found[name] = sanitized(tool, case, log_path, limit_s)
+            continue
+        status, output = run_logged([*case, dry_option], log_path, limit_s)
+        said = last_line(output)
+        found[name] = Outcome("skipped" if status in (0, NOTHING_TO_RUN) else "failed", f"status {status}: {said}")
+    worst = min((outcome.status for outcome in found.values()), key=("failed", "note", "skipped", "ok").index)
+    return Outcome(worst, "; ".join(f"{name}: {outcome.reason}" for name, outcome in found.items()))
 
 
 def find_sanitizer() -> str | None:
@@ -508,7 +479,7 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or (shutil.which(str(beside)) if beside else None)
 
 
-def sanitized(context: Context, tool: str, case: Sequence[str], log_path: Path) -> Outcome:
+def sanitized(tool: str, case: Sequence[str], log_path: Path, limit_s: float) -> Outcome:
     """A program under one of compute-sanitizer's tools."""
     program = find_sanitizer()
     if program is None:
@@ -516,14 +487,14 @@ def sanitized(context: Context, tool: str, case: Sequence[str], log_path: Path) 
     # API errors are left out: torch probes for features and handles the refusals.
     options = ["--tool", tool, "--error-exitcode", "9"]
     options += ["--report-api-errors", "no"] if tool == "memcheck" else []
-    status, output = run_logged([program, *options, *case], log_path, context.left())
+    status, output = run_logged([program, *options, *case], log_path, limit_s)
     if status is None:
         return Outcome("note", f"unavailable: it did not finish in its time; last line: {last_line(output)}")
     if status == 0 and (clean := next((text for text in CLEAN[tool] if text in output), None)):
         return Outcome("ok", clean.partition(": ")[2])
     if unsupported := [line.strip() for line in output.splitlines() if "not supported" in line]:
         return Outcome("note", f"unavailable: {unsupported[0]}")
-    if nothing := [line for line in output.splitlines() if line.startswith("sanitize_cuda: ")]:
+    if nothing := [line for line in output.splitlines() if line.startswith("sanitize_")]:
         return Outcome("note", f"unavailable: {nothing[0].partition(': ')[2]}")
     return Outcome("failed", f"status {status}: {last_line(output)}")
 
@@ -547,9 +518,8 @@ STEPS: dict[str, Step] = {
     "models": Step("models", 20, models_step),
     "compiled_linear": Step("compiled_linear", 8, compiled_linear_step),
     "compiled_models": Step("compiled_models", 12, compiled_models_step),
-    "sanitizer": Step(PARENT, 5, sanitizer_step),
-    "memcheck": Step(PARENT, 6, partial(every_kernel_step, tool="memcheck")),
-    "racecheck": Step(PARENT, 6, partial(every_kernel_step, tool="racecheck")),
+    "memcheck": Step(PARENT, 9, partial(every_kernel_step, tool="memcheck")),
+    "racecheck": Step(PARENT, 9, partial(every_kernel_step, tool="racecheck")),
 }
 
 
@@ -624,11 +594,12 @@ def stop(process: subprocess.Popen[Any]) -> None:
 def run_logged(
     command: Sequence[str], log_path: Path, limit_s: float, more: Mapping[str, str] | None = None
 ) -> tuple[int | None, str]:
-    """Run a program with its output in a file and ``more`` in its environment; its exit status, or None if it was
-    stopped, and that output."""
+    """Run a program with its output at the end of a file and ``more`` in its environment; its exit status, or None if
+    it was stopped, and that output."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, **(more or {})}
-    with log_path.open("w", encoding="utf-8") as log:
+    with log_path.open("a", encoding="utf-8") as log:
+        begun = log.tell()
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -637,7 +608,7 @@ def run_logged(
         except subprocess.TimeoutExpired:
             stop(process)
             status = None
-    return status, log_path.read_text(encoding="utf-8", errors="replace")
+    return status, log_path.read_bytes()[begun:].decode(errors="replace")
 
 
 def run_group(names: list[str], journal: Journal, state: Path, until: float) -> bool:
@@ -705,11 +676,7 @@ def main() -> int:
     internal.add_argument("--state", type=Path)
     internal.add_argument("--started", type=float)
     internal.add_argument("--until", type=float)
-    internal.add_argument("--small-case", metavar="DEVICE")
     options = parser.parse_args()
-    if options.small_case:
-        small_case(options.small_case)
-        return 0
     settings = Settings.read()
     if options.steps:
         journal = Journal(settings, options.state, options.started)
@@ -719,7 +686,7 @@ def main() -> int:
     until = started + settings.budget_s - RESERVE_S
     before = measured_before(settings.resume)
     settings.out.mkdir(parents=True, exist_ok=True)
-    logs = ("log.txt", *(f"{name}.log" for name in ("build", "pytest", "sanitizer", "memcheck", "racecheck")))
+    logs = ("log.txt", *(f"{name}.log" for name in ("build", "pytest", "memcheck", "racecheck")))
     for name in ("rows.jsonl", "summary.md", *logs):
         (settings.out / name).unlink(missing_ok=True)
     failed = False

@@ -22,7 +22,7 @@ from sparsebert.bench.linear import sweep  # noqa: E402
 
 STEPS = [
     *("build", "names", "environment", "ceilings", "peaks", "pytest", "linear", "never_slower", "models"),
-    *("compiled_linear", "compiled_models", "sanitizer", "memcheck", "racecheck", "summary"),
+    *("compiled_linear", "compiled_models", "memcheck", "racecheck", "summary"),
 ]
 
 
@@ -252,32 +252,12 @@ def test_a_lost_device_ends_the_process(context: gpu_check.Context, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("status", "output", "outcome", "reason"),
-    [
-        (0, "ran\n========= ERROR SUMMARY: 0 errors\n", "ok", "0 errors"),
-        (9, "bad write\n========= ERROR SUMMARY: 2 errors\n", "failed", "ERROR SUMMARY: 2 errors"),
-        (1, "ImportError: x\n========= ERROR SUMMARY: 0 errors\n", "failed", "status 1"),
-        (9, "========= Error: Device not supported\nERROR SUMMARY: 1 error\n", "note", "unavailable"),
-        (None, "", "note", "unavailable"),
-    ],
-)
-def test_sanitizer_outcomes(context: gpu_check.Context, monkeypatch, status, output, outcome, reason):
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda program: f"/usr/bin/{program}")
-    monkeypatch.setattr(gpu_check, "run_logged", lambda *_: (status, output))
-    found = gpu_check.sanitizer_step(context)
-    assert found.status == outcome and reason in found.reason
-
-
-def test_no_sanitizer_is_a_note(context: gpu_check.Context, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda program: None)
-    found = gpu_check.sanitizer_step(context)
-    assert (found.status, found.reason) == ("note", "unavailable: compute-sanitizer is not on PATH")
-
-
-@pytest.mark.parametrize(
     ("tool", "status", "output", "outcome", "reason"),
     [
         ("memcheck", 0, "120 cases\n========= ERROR SUMMARY: 0 errors\n", "ok", "0 errors"),
+        ("memcheck", 9, "bad write\n========= ERROR SUMMARY: 2 errors\n", "failed", "ERROR SUMMARY: 2 errors"),
+        ("memcheck", 1, "ImportError: x\n========= ERROR SUMMARY: 0 errors\n", "failed", "status 1"),
+        ("memcheck", 9, "========= Error: Device not supported\nERROR SUMMARY: 1 error\n", "note", "unavailable"),
         ("racecheck", 0, "120 cases\n========= RACECHECK SUMMARY: 0 hazards displayed\n", "ok", "0 hazards"),
         ("racecheck", 9, "========= RACECHECK SUMMARY: 1 hazard displayed\n", "failed", "status 9"),
         # No output of the tool: it was not the tool that ran.
@@ -286,13 +266,36 @@ def test_no_sanitizer_is_a_note(context: gpu_check.Context, monkeypatch: pytest.
         ("memcheck", None, "tile 0: right\n", "note", "last line: tile 0: right"),
     ],
 )
-def test_every_kernel_outcomes(context: gpu_check.Context, monkeypatch, tool, status, output, outcome, reason):
+def test_sanitizer_outcomes(context: gpu_check.Context, monkeypatch, tool, status, output, outcome, reason):
+    """The CUDA kernels end so, the Triton kernels well: the worse of them counts."""
     commands = []
+    clean = f"fine\n========= {gpu_check.CLEAN[tool][0]}\n"
+
+    def ran(command: list[str], *_: object) -> tuple[int | None, str]:
+        commands.append(command)
+        return (status, output) if command[-1].endswith("sanitize_cuda.py") else (0, clean)
+
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "compute-sanitizer")
-    monkeypatch.setattr(gpu_check, "run_logged", lambda command, *_: (commands.append(command), (status, output))[1])
+    monkeypatch.setattr(gpu_check, "run_logged", ran)
+    context.until = gpu_check.time.time() + 60
     found = gpu_check.every_kernel_step(context, tool)
-    assert found.status == outcome and reason in found.reason
-    assert commands[0][1:3] == ["--tool", tool] and commands[0][-1].endswith("sanitize_cuda.py")
+    assert found.status == outcome and reason in found.reason and "triton: 0 " in found.reason
+    assert [command[1:3] for command in commands] == [["--tool", tool]] * 2
+    assert [Path(command[-1]).name for command in commands] == ["sanitize_cuda.py", "sanitize_triton.py"]
+
+
+def test_no_sanitizer_is_a_note(context: gpu_check.Context, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda program: None)
+    found = gpu_check.every_kernel_step(context, "memcheck")
+    assert found.status == "note" and "cuda: unavailable: compute-sanitizer is not on PATH" in found.reason
+
+
+def test_two_programs_share_a_log(tmp_path: Path):
+    log = tmp_path / "x.log"
+    for word in ("first", "second"):
+        status, output = gpu_check.run_logged([sys.executable, "-c", f"print('{word}')"], log, 20.0)
+        assert (status, output) == (0, f"{word}\n")
+    assert log.read_text() == "first\nsecond\n"
 
 
 def test_the_kernels_are_built_for_the_device_alone(context: gpu_check.Context, monkeypatch: pytest.MonkeyPatch):
