@@ -154,6 +154,18 @@ def test_a_peer_that_is_not_installed_is_refused_in_a_line(monkeypatch: pytest.M
     assert row["status"] == "refused" and "torchao" in row["reason"] and "median_us" not in row
 
 
+@pytest.mark.parametrize("name", ["compiled_fp16", "torchao_int8_bf16"])
+def test_copies_of_a_weight_share_one_compiled_graph(name: str):
+    """Beyond eight graphs of one function torch.compile falls back to Python, and would be timed as such."""
+    every = (*dense.peers(torch.float16, dry=True), *library.peers(dry=True))
+    (peer,) = (peer for peer in every if peer.name == name)
+    with torch.no_grad():
+        calls = peer.build(replace(case(), copies_for=lambda nbytes: 12)).variants[""]
+        calls[0]()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert len([call() for call in calls]) == 12
+
+
 def test_what_needs_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch):
     (peer,) = (peer for peer in library.peers() if peer.name == "cusparselt_fp16")
     (row,) = only(monkeypatch, replace(peer, gelu=()), dry=False, models=["minilm"])[:1]

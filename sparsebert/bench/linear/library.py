@@ -269,15 +269,15 @@ def _torchao_int8(case: Case, dtype: torch.dtype, **options: Any) -> Built:
     torch.compiler.reset()
     # One graph for all copies: the weight is an input of it.
     compiled = torch.compile(layer, dynamic=False, fullgraph=True, **options)
-    values, scales = int8.quantize_weight(w)
-    q, s = int8.quantize_rows(x)
+    held: Any = copies[0]
     return Built(
         variants={"": [partial(compiled, x, copy, b) for copy in copies]},
-        reference=lambda: case.activate(_scaled(q, values, s, scales, b)),
+        reference=lambda: case.activate(product(x, held.dequantize(), b)),
         weight_bytes=weight_bytes,
-        moved_bytes=case.moved(weight_bytes, 2, 2, scales, b),
-        # Its rounding is its own: values at the edge between two integers may fall to the other side, in x and in W.
-        limit=1e-2,
+        moved_bytes=case.moved(weight_bytes, 2, 2, b) + 4 * case.shape.out_features,
+        # How it rounds x is its own affair, so the reference does not. For normal rows of 768 to 4096 numbers, the
+        # largest of them 3.2 to 3.7 deviations, an eighth bit is worth 0.7 to 0.9 % of y; and twice that is a fault.
+        limit=1.5e-2,
     )
 
 
