@@ -4,11 +4,12 @@ A row of kind ``model`` is comparable with any other of the same ``model``, ``ba
 beforehand: ``peer``, the rung; ``tokens``, the real ones, and ``padded_tokens``, the rows that are computed;
 ``format``, None where dense; ``flops`` of the dense model on the real tokens, whatever is skipped or padded.
 
-Measured: ``layouts``, how many layers are held in which; ``model_bytes`` and ``encoder_bytes`` in memory, the latter of
-the encoder's linear layers, and ``disk_bytes``; ``error`` and ``error_limit`` (see ``prepared.Prepared``) against
-``reference``; ``first_call_s``, which holds the compilation; the times of single calls; ``sequences_per_s`` and
-``tokens_per_s``, of real tokens; ``peak_bytes`` of device memory while the times were taken, the weights included;
-``matmul_precision`` where float32 is computed with: ``highest`` is torch's default, no TF32.
+Measured: ``layouts``, how many packed layers are held in which, and ``kernels``, how many each backend runs;
+``model_bytes`` and ``encoder_bytes`` in memory, the latter of the encoder's linear layers, and ``disk_bytes``;
+``error`` and ``error_limit`` (see ``prepared.Prepared``) against ``reference``; ``first_call_s``, which holds the
+compilation; the times of single calls; ``sequences_per_s`` and ``tokens_per_s``, of real tokens; ``peak_bytes`` of
+device memory while the times were taken, the weights included; ``matmul_precision`` where float32 is computed with:
+``highest`` is torch's default, no TF32.
 """
 
 from __future__ import annotations
@@ -192,7 +193,8 @@ def _work(models: Models, cell: Cell, rung: Rung, *, dry: bool, budget_s: float)
     batch = cell.tokens(device)
     try:
         call = _call(prepared, batch, rung, dry=dry)
-        found = {**prepared.sizes, **_judge(prepared, batch, rung, call)}
+        rows = sum(batch.lengths) if rung.unpadded else batch.ids.numel()
+        found = {**prepared.sizes, "kernels": prepared.kernels(rows), **_judge(prepared, batch, rung, call)}
         if not found["error"] <= prepared.limit:
             reason = f"error {found['error']:.3g} is over the limit {prepared.limit:.3g}"
             return {"status": "wrong", "reason": reason, **found}
@@ -244,7 +246,7 @@ def _compile(model: nn.Module, rung: Rung, *, dry: bool) -> Callable[..., Any]:
 def _judge(prepared: Prepared, batch: Batch, rung: Rung, call: Callable[[], Tensor]) -> Row:
     """What comes out beside the reference, of the call itself and of a graph that replays it, the worse of them."""
     device = batch.ids.device
-    on_gpu = device.type == "cuda"
+    on_gpu = _is_gpu(device)
     expected = prepared.expected(batch)
 
     def error_of(y: Tensor) -> float:
@@ -275,6 +277,10 @@ def _judge(prepared: Prepared, batch: Batch, rung: Rung, call: Callable[[], Tens
     return found
 
 
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def relative_error(y: Tensor, reference: Tensor) -> float:
     """||y - reference|| / ||reference|| in float64; infinite where y is not finite throughout."""
     y = y.double()
@@ -291,7 +297,7 @@ def _spoil(like: Tensor) -> None:
 
 def _times(prepared: Prepared, batch: Batch, rung: Rung, call: Callable[[], Tensor], budget_s: float) -> Row:
     device = batch.ids.device
-    on_gpu = device.type == "cuda"
+    on_gpu = _is_gpu(device)
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -13,8 +13,8 @@ _MLPERF = "https://github.com/mlcommons/inference_results_v3.1"
 
 @dataclass(frozen=True)
 class PublishedLine:
-    """One published number: ``milliseconds`` of a batch or ``samples_per_s``, the other being None; None too where a
-    source gives no single precision, ``batch`` or ``length``."""
+    """One published number: ``milliseconds`` of a batch or ``samples_per_s``, the other being None; ``precision``,
+    ``batch`` and ``length`` are None where they are not stated with it."""
 
     label: str
     model: str
