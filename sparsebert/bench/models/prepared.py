@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsebert as sb
+from sparsebert.bench.jobs import Missing
 from sparsebert.bench.models.encoders import Size, build, repeat_
 from sparsebert.bench.models.inputs import FULL, Batch, draw_lengths, make_batch
 from sparsebert.bench.models.rungs import TORCHAO, Weights
@@ -143,7 +144,7 @@ def has_torchao() -> bool:
 
 def _quantize_by_torchao(model: nn.Module) -> None:
     if not has_torchao():
-        raise RuntimeError("torchao is not installed; pip install 'sparsebert[bench]' brings it")
+        raise Missing("torchao is not installed; pip install 'sparsebert[bench]' brings it")
     # A peer that is measured.
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_  # noqa: TID251
 
