@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Run", "heading", "identity", "keep", "label", "place", "read", "write"]
+__all__ = ["Run", "heading", "identity", "keep", "label", "place", "place_name", "read", "write"]
 
 Row = dict[str, Any]
 _ENVIRONMENT = "environment"
@@ -67,9 +67,10 @@ def label(record: Mapping[str, Any]) -> str:
     """A device as a reader would name it: ``NVIDIA H200``, or ``CPU: Intel Xeon ... (2 threads)``."""
     if record.get("gpu"):
         return str(record["gpu"])
+    if not record.get("cpu"):
+        return "device not recorded"
     threads = record.get("cpu_threads")
-    count = f" ({threads} thread{'' if threads == 1 else 's'})" if threads else ""
-    return f"CPU: {record.get('cpu') or 'not recorded'}{count}"
+    return f"CPU: {record['cpu']}" + (f" ({threads} thread{'' if threads == 1 else 's'})" if threads else "")
 
 
 def heading(record: Mapping[str, Any], rows: Iterable[Row]) -> str:
@@ -142,7 +143,12 @@ def read(path: Path) -> Run:
 
 def place(run: Run, folder: Path) -> Path:
     """Where ``keep`` puts a run: ``<folder>/<gpu>/<day>-<commit>.jsonl``, a CPU's under ``cpu-<name>``."""
-    return folder / _slug(label(run.record)) / f"{run.day}-{run.commit}.jsonl"
+    return folder / place_name(run) / f"{run.day}-{run.commit}.jsonl"
+
+
+def place_name(run: Run) -> str:
+    """The device's name as folders and files have it."""
+    return _slug(label(run.record)) if not run.dry else "dry-run"
 
 
 def keep(path: Path, folder: Path, *, force: bool = False) -> Path:
