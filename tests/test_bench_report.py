@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,20 @@ from bench_rows import CPU_RECORD, IN, OUT, RECORD, linear, model, own, run_file
 from sparsebert.bench import records
 from sparsebert.bench.report import choices, compare, page, plots, summary, tables
 from sparsebert.ops import measurements
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(path: Path):
+    """A program that is no module of a package."""
+    found = importlib.util.spec_from_file_location(f"the_{path.stem}_program", path)
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses look for it
+    found.loader.exec_module(module)
+    return module
+
+
+study = load(ROOT / "benchmarks" / "report.py")
 
 CEILINGS = [
     {"kind": "ceiling", "peer": "copy", "status": "ok", "median_us": 1000.0, "gbps": 4000.0},
@@ -417,3 +433,84 @@ def test_selection_reads_what_is_shipped(tmp_path, monkeypatch):
     monkeypatch.setattr(measurements, "describe", lambda device: Device("cuda", "Test GPU"))
     found = measurements.fastest_layout(NMSpec(2, 4, IN, OUT), torch.float16, torch.device("cuda"))
     assert found == ("mma_sp", "measured (shipped) at 128 tokens: mma_sp takes 0.50 of the time of dense")
+
+
+# What the repository says
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    (tmp_path / "README.md").write_text("# Title\n\nBefore\n<!-- performance -->\nold\n<!-- /performance -->\nAfter\n")
+    (tmp_path / "sparsebert" / "ops").mkdir(parents=True)
+    return tmp_path
+
+
+def keep(root, rows, record=RECORD):
+    return records.keep(run_file(root / "rows.jsonl", rows, record), root / study.DATA)
+
+
+def test_the_repository_says_what_its_data_give(root):
+    assert study.check(root) == []
+
+
+def test_without_gpu_runs_no_number_is_shown(repository):
+    keep(repository, [linear("cublas_fp16", 128, 10.0, mode="cpu-wall"), own(128, 5.0, mode="cpu-wall")], CPU_RECORD)
+    # Studies with rows of another form are no runs.
+    (repository / study.DATA / "cpu-test-cpu-2-threads" / "2020-01-02-0123456-format-speed.jsonl").write_text("{}")
+    study.write(repository)
+    text = (repository / "README.md").read_text()
+    assert text == f"# Title\n\nBefore\n<!-- performance -->\n{study.NO_FIGURES}\n<!-- /performance -->\nAfter\n"
+    assert not (repository / study.PAGES).exists()
+    assert (repository / study.SHIPPED).read_text() == measurements.as_text([])
+    assert study.check(repository) == []
+
+
+def test_gpu_runs_make_the_section_its_plots_and_the_shipped_table(repository, capsys):
+    pytest.importorskip("matplotlib")
+    rows = [linear("cublas_fp16", 128, 10.0), own(128, 5.0), own(128, 9.0, layout="dense"), checked("ok")]
+    run_file(repository / "rows.jsonl", rows)
+    assert study.main(["--keep", str(repository / "rows.jsonl")], repository) == 0
+    text = (repository / "README.md").read_text()
+    assert text.startswith("# Title\n\nBefore\n<!-- performance -->\nMade from") and text.endswith("\nAfter\n")
+    assert "### Test GPU" in text and "| base.ffn_in 3072 x 768 | 128 to 128 | at 128 |" in text
+    assert "Measured 2020-01-02 at commit 0123456" in text and "2.00x cuda" not in text and "old" not in text
+    assert "1 layer of tuned plans checked" in text
+    images = {line.partition("](")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")}
+    assert images == {"docs/performance/test-gpu-speed-up.svg", "docs/performance/test-gpu-break-even.svg"}
+    whole = (repository / study.PAGES / "test-gpu.md").read_text()
+    assert whole.startswith("# Test GPU\n") and "2.00x cuda" in whole and "(test-gpu-speed-up.svg)" in whole
+    names = {"test-gpu.md", *(f"test-gpu-{n}.{k}" for n in ("speed-up", "break-even") for k in ("svg", "png"))}
+    assert {file.name for file in (repository / study.PAGES).iterdir()} == names
+    table = (repository / study.SHIPPED).read_text()
+    assert table.count('"device": "Test GPU"') == 2
+    assert study.main(["--check"], repository) == 0
+
+    # Whatever is changed by hand is found.
+    (repository / "README.md").write_text(text.replace("at 128 |", "at 1 |"))
+    (repository / study.SHIPPED).write_text(table.replace("5.0", "4.0"))
+    (repository / study.PAGES / "test-gpu-speed-up.png").unlink()
+    (repository / study.PAGES / "other-gpu.md").touch()
+    capsys.readouterr()
+    assert study.main(["--check"], repository) == 1
+    faults = capsys.readouterr().err.splitlines()
+    assert len(faults) == 4
+    for end in ("speed-up.png: is not there", "other-gpu.md: comes from no run"):
+        assert any(line.endswith(end) for line in faults)
+    study.write(repository)
+    assert study.check(repository) == [] and (repository / "README.md").read_text() == text
+
+
+def test_a_run_out_of_place_and_a_dry_run_are_refused(repository, capsys):
+    file = keep(repository, [own(128, 5.0)])
+    other = file.parent.parent / "other-gpu"
+    file.parent.rename(other)
+    with pytest.raises(ValueError, match="by its record it belongs to .*test-gpu"):
+        study.check(repository)
+    run_file(repository / "dry.jsonl", [own(128, 5.0)], dry=True)
+    assert study.main(["--keep", str(repository / "dry.jsonl")], repository) == 1
+    assert "is a dry run" in capsys.readouterr().err
+
+
+def test_a_readme_without_the_marks_is_refused():
+    with pytest.raises(ValueError, match="once each"):
+        study.with_section("no marks", "text")
