@@ -6,8 +6,9 @@ the package: any Python with torch will do (for the build, with nvcc, setuptools
 this file says what the rows mean.
 
 Environment: ``BUDGET_S`` seconds to spend (540); ``OUT`` folder for the results (``benchmarks/out``);
-``DRY=1`` walks every step at toy sizes on a CPU; ``SPARSEBERT_COMMIT`` and ``SPARSEBERT_DATE`` where there is
-no ``.git``.
+``STEPS`` some of the steps, by name and with commas (all); ``RESUME`` rows of an earlier run of this commit, whose
+measurements are not made again; ``DRY=1`` walks every step at toy sizes on a CPU; ``SPARSEBERT_COMMIT`` and
+``SPARSEBERT_DATE`` where there is no ``.git``.
 
 Exit status: 0, or 1 when a step failed (what was measured is kept), or 2 when there is no CUDA device.
 
@@ -38,7 +39,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+if TYPE_CHECKING:
+    from sparsebert.bench.jobs import Job
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -49,8 +54,8 @@ for folder in (str(ROOT), str(HERE)):
 PARENT = "parent"  # the group of steps that are programs of their own
 NO_DEVICE = 3  # exit statuses of a child process
 DEVICE_LOST = 70
-MOST_VARIANTS = 3  # of one peer that are measured in full
-NOTHING_TO_RUN = 2  # that of tests/sanitize_cuda.py
+NOTHING_TO_RUN = 2  # that of tests/sanitize_cuda.py and _triton.py
+SANITIZED = {"cuda": "--list", "triton": "--dry"}  # and their option for a dry run
 # What a tool of compute-sanitizer says at its end where it found nothing.
 CLEAN = {"memcheck": ("ERROR SUMMARY: 0 errors",), "racecheck": ("RACECHECK SUMMARY: 0 hazards",)}
 MOST_RESTARTS = 4
@@ -68,6 +73,8 @@ class Settings:
     out: Path
     dry: bool
     budget_s: float
+    steps: tuple[str, ...] = ()
+    resume: Path | None = None
 
     @classmethod
     def read(cls) -> Settings:
@@ -78,10 +85,16 @@ class Settings:
             budget_s = 0.0
         if not 0 < budget_s < math.inf:
             raise SystemExit(f"gpu_check: BUDGET_S is {budget!r}, expected a positive number of seconds")
+        steps = tuple(filter(None, os.environ.get("STEPS", "").split(",")))
+        if unknown := [name for name in steps if name not in STEPS]:
+            raise SystemExit(f"gpu_check: STEPS has {unknown[0]!r}, expected some of {', '.join(STEPS)}")
+        resume = os.environ.get("RESUME")
         return cls(
             out=Path(os.environ.get("OUT") or HERE / "out").resolve(),
             dry=os.environ.get("DRY", "") not in ("", "0"),
             budget_s=budget_s,
+            steps=steps,
+            resume=Path(resume) if resume else None,
         )
 
 
@@ -126,6 +139,12 @@ class Journal:
         }
         with self.rows_path.open("a", encoding="utf-8") as rows:
             rows.write(json.dumps(finite(row), allow_nan=False, default=str) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far."""
+        if not self.rows_path.exists():
+            return []
+        return [json.loads(line) for line in self.rows_path.read_text(encoding="utf-8").splitlines()]
 
     def step(self, name: str, outcome: Outcome, seconds: float, **fields: Any) -> None:
         row = {"step": name, "status": outcome.status, "seconds": round(seconds, 3), **fields}
@@ -173,7 +192,7 @@ class Context:
             return
         if row["peer"] in self.banned:
             refused = {"status": "refused", "reason": "the process died in this peer before; not tried again"}
-            self.journal.row(**row, **refused)
+            self.journal.row(**row, key=key, **refused)
             self.journal.mark(end=key)
             return
         self.journal.mark(begin=key)
@@ -183,11 +202,13 @@ class Context:
             result = self._unable(error)
         # The stand-ins of a dry run are exact, so a wrong result there is this program's.
         self.mistakes += self.dry and (result["status"] == "wrong" or "dropped" in result)
-        self.journal.row(**row, **result)
+        self.journal.row(**row, key=key, **result)
         self.journal.mark(end=key)
         self.journal.say(f"{key}: {describe(result)}")
 
     def _unable(self, error: Exception) -> dict[str, Any]:
+        from sparsebert.bench.jobs import Missing
+
         reason = first_line(error)
         # A CUDA error such as an illegal access stays with the process: nothing after it could be measured.
         if self.device.type == "cuda":
@@ -199,7 +220,7 @@ class Context:
                 self.journal.mark(lost=reason)
                 self.journal.say(f"the device is lost to this process: {reason}")
                 os._exit(DEVICE_LOST)
-        if self.dry or isinstance(error, MISTAKES):
+        if isinstance(error, MISTAKES) or (self.dry and not isinstance(error, Missing)):
             self.mistakes += 1
             return {"status": "error", "reason": reason, "traceback": traceback.format_exc()}
         return {"status": "refused", "reason": reason}
@@ -257,10 +278,10 @@ def load(name: str) -> ModuleType:
 
 def names_step(context: Context) -> Outcome:
     """Every torch name and argument that the other steps use exists in this torch."""
-    import baselines
+    from sparsebert.bench.linear import library
 
-    missing = baselines.missing_names()
-    context.journal.row("names", checked=len(baselines.OPERATORS) + len(baselines.ATTRIBUTES), missing=missing)
+    missing = library.missing_names()
+    context.journal.row("names", checked=len(library.OPERATORS) + len(library.ATTRIBUTES), missing=missing)
     return Outcome("failed", "; ".join(missing)) if missing else Outcome()
 
 
@@ -327,65 +348,26 @@ def pytest_step(context: Context) -> Outcome:
     return Outcome("ok" if status == 0 else "failed", tail)
 
 
+def walk(context: Context, jobs: Sequence[Job], least_s: float) -> Outcome:
+    """Every job in order, as far as the time goes. None is begun with less than ``least_s`` left, or with less than
+    the longest so far took: in a dry run a tenth of a second will do."""
+    longest = 0.0
+    for number, job in enumerate(jobs):
+        if context.left() < (0.1 if context.dry else max(least_s, longest)):
+            return Outcome("partial", f"out of time after {number} of {len(jobs)}")
+        started = time.time()
+        context.attempt(job.key, job.work, **job.row)
+        longest = max(longest, time.time() - started)
+        if context.device.type == "cuda" and number % 40 == 39:
+            gc.collect()
+    return Outcome()
+
+
 def ceilings_step(context: Context) -> Outcome:
     """What this machine can do at best: copy bandwidth, matrix rates, the cost of one kernel in a graph."""
-    import torch
+    from sparsebert.bench.linear import ceilings
 
-    import baselines
-
-    timing = load("timing")
-    on_gpu = context.device.type == "cuda"
-    size = 64 if context.dry else 8192
-    generator = torch.Generator(context.device).manual_seed(0)
-
-    def normal(dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(size, size, device=context.device, generator=generator).to(dtype)
-
-    def integers() -> torch.Tensor:
-        values = torch.randint(-127, 128, (size, size), device=context.device, generator=generator)
-        return values.to(torch.int8)
-
-    def timed(call: Callable[[], Any] | Sequence[Callable[[], Any]]) -> dict[str, Any]:
-        budget = 0.01 if context.dry else 0.5
-        return timing.measure(call, device=context.device, budget_s=budget, graph=on_gpu).to_dict()
-
-    def copy() -> dict[str, Any]:
-        nbytes = 1 << 16
-        if on_gpu and not context.dry:
-            nbytes = min(4 << 30, torch.cuda.mem_get_info(context.device)[0] // 4)
-        source = torch.randint(0, 256, (nbytes,), device=context.device, dtype=torch.uint8)
-        target = torch.empty_like(source)
-        result = timed(lambda: target.copy_(source))
-        return {**result, "bytes": 2 * nbytes, "gbps": 2 * nbytes / result["median_us"] / 1e3}
-
-    def kernel_floor() -> dict[str, Any]:
-        tiny = torch.zeros(32, device=context.device)
-        return timed([lambda: tiny.add_(1.0)] * 100)
-
-    def product(a: torch.Tensor, b: torch.Tensor, multiply: Callable[..., torch.Tensor]) -> dict[str, Any]:
-        error = baselines.relative_error(multiply(a, b.t())[:64], a[:64].double() @ b.double().T)
-        result = timed(lambda: multiply(a, b.t()))
-        flops = 2 * size**3
-        return {**result, "error": error, "flops": flops, "tflops": flops / result["median_us"] / 1e6}
-
-    def scaled(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        one = torch.ones((), device=context.device)
-        return torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-    fp8 = torch.float8_e4m3fn
-    ceilings: dict[str, Callable[[], dict[str, Any]]] = {
-        "copy": copy,
-        "matmul_fp16": lambda: product(normal(torch.float16), normal(torch.float16), torch.mm),
-        "matmul_int8": lambda: product(integers(), integers(), torch._int_mm),
-        "kernel_in_graph": kernel_floor,
-        "matmul_bf16": lambda: product(normal(torch.bfloat16), normal(torch.bfloat16), torch.mm),
-        "matmul_fp8": lambda: product(normal(fp8), normal(fp8), scaled),
-    }
-    for name, work in ceilings.items():
-        if context.left() < 2.0:
-            return Outcome("partial", f"out of time before {name}")
-        context.attempt(f"ceiling {name}", work, kind="ceiling", peer=name, size=size)
-    return Outcome()
+    return walk(context, ceilings.jobs(context.device, dry=context.dry), 2.0)
 
 
 def peaks_step(context: Context) -> Outcome:
@@ -420,331 +402,71 @@ def peaks_step(context: Context) -> Outcome:
     return Outcome("failed", f"not measured: {', '.join(bench.failed)}") if bench.failed else Outcome()
 
 
+def sweep(context: Context, *, compiled: bool) -> Outcome:
+    from sparsebert.bench.linear import ceilings
+    from sparsebert.bench.linear import sweep as linear
+
+    rates = ceilings.of(context.journal.rows())
+    jobs = linear.jobs(context.device, dry=context.dry, budget_s=0.006 if context.dry else 0.12, ceilings=rates)
+    return walk(context, [job for job in jobs if job.row["compiled"] == compiled], 2.0)
+
+
 def linear_step(context: Context) -> Outcome:
-    """Every peer on every shape and token count, as far as the time goes; see ``baselines.jobs`` for the
-    order."""
-    import torch
-
-    import baselines
-    import dry_ops
-
-    timing = load("timing")
-    on_gpu = context.device.type == "cuda"
-    # Toy weights against a toy cache, so that a dry run rotates as well.
-    cache = timing.l2_bytes(context.device) if on_gpu else 20_000
-    jobs = baselines.jobs(context.dry)
-    generator = torch.Generator(context.device).manual_seed(1)
-
-    def copies_for(nbytes: int) -> int:
-        return timing.rotation_count(nbytes, cache)
-
-    def work(shape: baselines.Shape, tokens: int, peer: baselines.Peer) -> dict[str, Any]:
-        case = baselines.Case(shape, tokens, context.device, generator, copies_for)
-        if peer.needs_cuda and context.dry:
-            with dry_ops.standing_in():
-                built = peer.build(case)
-                result = judge(built, case)
-            if result["status"] == "ok":
-                result["status"] = "skipped"
-            reason = "DRY: needs CUDA; its calls were walked with stand-ins and not timed"
-            return {**result, "reason": result.get("reason", reason)}
-        built = peer.build(case)
-        return {**judge(built, case), **clock(built, case)}
-
-    def judge(built: baselines.Built, case: baselines.Case) -> dict[str, Any]:
-        """Errors of every variant against the float64 reference; a variant that is wrong is dropped."""
-        reference = built.reference()
-        errors: dict[str, float] = {}
-        refusals: dict[str, str] = {}
-        for name, calls in list(built.variants.items()):
-            try:
-                spoil(calls[0])
-                y = calls[0]()[: case.tokens]
-            except RuntimeError as error:
-                refusals[name] = first_line(error)
-                del built.variants[name]
-                if not built.variants and not errors:
-                    raise
-                continue
-            errors[name] = baselines.relative_error(y, reference)
-            del y
-            if not errors[name] <= built.limit:
-                del built.variants[name]
-        worst = max(errors[name] for name in built.variants or errors)
-        result: dict[str, Any] = {
-            "status": "ok",
-            "error": worst,
-            "error_limit": built.limit,
-            "reference": "float64",
-            "flops": baselines.linear_flops(case),
-            "bytes": built.moved_bytes,
-            "weight_bytes": built.weight_bytes,
-            **built.notes,
-        }
-        if not built.variants:
-            result["status"] = "wrong"
-            result["reason"] = f"error {worst:.3g} is over the limit {built.limit:.3g}"
-        elif len(built.variants) < len(errors) + len(refusals):
-            faults = {name: f"error {error:.3g}" for name, error in errors.items()} | refusals
-            result["dropped"] = {name: fault for name, fault in faults.items() if name not in built.variants}
-        return result
-
-    def spoil(call: Callable[[], torch.Tensor]) -> None:
-        """Free a spoilt block of y's size, which the allocator hands out next: what a kernel leaves unwritten
-        shows."""
-        y = call()
-        shape, dtype = y.shape, y.dtype
-        del y
-        value = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
-        torch.full(shape, value, dtype=dtype, device=context.device)
-
-    def clock(built: baselines.Built, case: baselines.Case) -> dict[str, Any]:
-        """Times of what passed: weights out of the cache, and for comparison one weight again and again."""
-        if not built.variants:
-            return {}
-        result: dict[str, Any] = {}
-
-        def together(calls: dict[str, Any], budget_s: float) -> dict[str, Any]:
-            graph = on_gpu and "graph_refused" not in result
-            try:
-                return timing.measure_together(calls, device=context.device, budget_s=budget_s, graph=graph)
-            except RuntimeError as error:
-                if not graph:
-                    raise
-                torch.cuda.synchronize()
-                result["graph_refused"] = first_line(error)
-                return timing.measure_together(calls, device=context.device, budget_s=budget_s)
-
-        timings: dict[str, Any] = {}
-        chosen = list(built.variants)
-        if len(chosen) > MOST_VARIANTS:
-            # A first, short round; the fastest of it are measured in full.
-            timings = together(built.variants, (0.001 if context.dry else 0.01) * len(chosen))
-            chosen = sorted(chosen, key=lambda name: timings[name].median_us)[:MOST_VARIANTS]
-        calls: dict[str, Any] = {}
-        for name in chosen:
-            rotated = built.variants[name]
-            calls[name] = rotated
-            calls[f"{name} resident"] = [rotated[0]] * len(rotated)
-        timings |= together(calls, 0.004 if context.dry else 0.04 * len(calls))
-        best = min(chosen, key=lambda name: timings[name].median_us)
-        time_us = timings[best].median_us
-        flops, nbytes = baselines.linear_flops(case), built.moved_bytes
-        return {
-            **result,
-            **timings[best].to_dict(),
-            "copies": len(built.variants[best]),
-            "resident_us": timings[f"{best} resident"].median_us,
-            "algorithm": best,
-            "variants_us": {name: timings[name].median_us for name in built.variants},
-            "tflops": flops / time_us / 1e6,
-            "gbps": nbytes / time_us / 1e3,
-        }
-
-    for number, (shape, tokens, peer) in enumerate(jobs):
-        if context.left() < (0.1 if context.dry else 2.0):
-            return Outcome("partial", f"out of time after {number} of {len(jobs)}")
-        key = f"linear {number + 1}/{len(jobs)} {shape.role} T={tokens} {peer.name}"
-
-        context.attempt(
-            key,
-            partial(work, shape, tokens, peer),
-            kind="linear",
-            op="linear",
-            peer=peer.name,
-            role=shape.role,
-            out_features=shape.out_features,
-            in_features=shape.in_features,
-            tokens=tokens,
-            dtype=peer.dtype,
-            epilogue=peer.epilogue,
-        )
-        if on_gpu and number % 40 == 39:
-            gc.collect()
-    return Outcome()
+    """Every peer on every shape and token count, as far as the time goes, the most telling first."""
+    return sweep(context, compiled=False)
 
 
-SEQUENCES = ((8, 128), (32, 128), (1, 128), (32, 384))  # batch, tokens each
+def compiled_linear_step(context: Context) -> Outcome:
+    """The peers that are compiled for seconds: torch.compile with max-autotune, torchao under it."""
+    return sweep(context, compiled=True)
 
 
-def bert(size: str, dry: bool, device: Any) -> tuple[Any, dict[str, int]]:
-    """A BERT encoder of random weights in half precision, and its sizes. No hub, no pooler."""
-    import torch
-    from transformers import BertConfig, BertModel
+def never_slower_step(context: Context) -> Outcome:
+    """What ``sb.tune`` holds beside the best dense path; a layer that is slower fails the step."""
+    from sparsebert.bench.linear import never_slower
 
-    layers, hidden, heads = (12, 768, 12) if size == "base" else (24, 1024, 16)
-    vocabulary = 30522
-    if dry:
-        layers, hidden, heads, vocabulary = 1, 32, 2, 100
-    options: dict[str, Any] = {"attn_implementation": "sdpa"}
-    config = BertConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        intermediate_size=4 * hidden,
-        vocab_size=vocabulary,
-        **options,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = BertModel(config, add_pooling_layer=False)
-    return model.eval().to(device, torch.float16), {
-        "layers": layers,
-        "hidden": hidden,
-        "vocabulary": vocabulary,
-    }
-
-
-def bert_flops(sizes: dict[str, int], batch: int, length: int) -> int:
-    """Multiplications and additions of the linear layers and the two products of attention."""
-    hidden, tokens = sizes["hidden"], batch * length
-    return sizes["layers"] * (2 * tokens * 12 * hidden**2 + 4 * tokens * length * hidden)
-
-
-def bert_row(context: Context, model: Any, sizes: dict[str, int], ids: Any, mode: str) -> dict[str, Any]:
-    """Check one model on one batch of token ids against itself in float32, then time it."""
-    import torch
-
-    import baselines
-
-    timing = load("timing")
-    on_gpu = context.device.type == "cuda"
-    # The weights are float16 values, so the model in float32 has the same ones.
-    reference = model.float()(input_ids=ids).last_hidden_state.double()
-    model.half()
-
-    # No padding and no mask: the dense model at its best.
-    def call() -> torch.Tensor:
-        return model(input_ids=ids).last_hidden_state
-
-    def compiled_call() -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return compiled(input_ids=ids).last_hidden_state
-
-    if mode == "compiled":
-        torch.compiler.reset()
-        options: dict[str, Any] = {"backend": "eager"} if context.dry else {"mode": "reduce-overhead"}
-        compiled = torch.compile(model, dynamic=False, **options)
-        call = compiled_call
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(context.device)
-    started = time.perf_counter()
-    error = baselines.relative_error(call(), reference)
-    limit = 2e-2
-    result: dict[str, Any] = {
-        "error": error,
-        "error_limit": limit,
-        "reference": "float32",
-        "first_call_s": time.perf_counter() - started,
-        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-    }
-    if not error <= limit:
-        return {**result, "status": "wrong", "reason": f"error {error:.3g} is over the limit {limit}"}
-    if mode == "graph" and not on_gpu:
-        return {**result, "status": "skipped", "reason": "DRY: needs CUDA"}
-    budget = 0.02 if context.dry else 0.8
-    found = timing.measure(call, device=context.device, budget_s=budget, graph=mode == "graph")
-    if on_gpu:
-        result["peak_bytes"] = torch.cuda.max_memory_allocated(context.device)
-    flops = bert_flops(sizes, *ids.shape)
-    return {
-        **result,
-        **found.to_dict(),
-        "flops": flops,
-        "tflops": flops / found.median_us / 1e6,
-        "tokens_per_s": ids.numel() / found.median_us * 1e6,
-    }
-
-
-def bert_runs(context: Context, modes: Sequence[str]) -> Outcome:
-    """Both models at every batch in every one of ``modes``."""
-    import torch
-
-    sequences = ((2, 8),) if context.dry else SEQUENCES
-    longest = 0.0
-    for size in ("base",) if context.dry else ("base", "large"):
-        model, sizes = bert(size, context.dry, context.device)
-        generator = torch.Generator(context.device).manual_seed(2)
-        for (batch, length), mode in itertools.product(sequences, modes):
-            key = f"bert-{size} {batch}x{length} dense_{mode}"
-            # The longest so far is the best guess of what the next one costs; compiling takes most of it.
-            if context.left() < max(0.1 if context.dry else 3.0, 1.1 * longest):
-                return Outcome("partial", f"out of time before {key}")
-            started = time.time()
-            ids = torch.randint(0, sizes["vocabulary"], (batch, length), device=context.device, generator=generator)
-            context.attempt(
-                key,
-                partial(bert_row, context, model, sizes, ids, mode),
-                kind="model",
-                peer=f"dense_{mode}",
-                model=f"bert-{size}",
-                batch=batch,
-                length=length,
-                dtype="float16",
-                attention="sdpa",
-            )
-            longest = max(longest, time.time() - started)
-        del model
-        if context.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return Outcome()
+    budget = 0.005 if context.dry else 0.1
+    jobs = never_slower.jobs(context.device, dry=context.dry, budget_s=budget)
+    with mock.patch.dict(os.environ, SPARSEBERT_CACHE=str(context.journal.state_path.parent / "tuned")):
+        outcome = walk(context, jobs, 3.0)
+    rows = [row for row in context.journal.rows() if row["kind"] == "never_slower"]
+    if failures := [row for row in rows if row["status"] == "failed"]:
+        first = failures[0]
+        return Outcome("failed", f"{len(failures)} of {len(rows)} are slower than dense, first {first['key']}")
+    return outcome
 
 
 def models_step(context: Context) -> Outcome:
-    """BERT-base and -large end to end in half precision: as Python runs it, and as a CUDA graph."""
-    return bert_runs(context, ("graph", "eager"))
+    """BERT-base and -large of random weights, dense and in every format, as Python runs them and as CUDA graphs."""
+    from sparsebert.bench.models import ladder
+
+    jobs = ladder.jobs(context.device, compiled=False, dry=context.dry)
+    return walk(context, jobs, 5.0)
 
 
-def compile_step(context: Context) -> Outcome:
+def compiled_models_step(context: Context) -> Outcome:
     """The same models through ``torch.compile``, which takes up to a minute each."""
-    return bert_runs(context, ("compiled",))
+    from sparsebert.bench.models import ladder
 
-
-def small_case(device: str) -> None:
-    """One packed layer, forward, against the dense product: small enough for a memory checker."""
-    import torch
-
-    import sparsebert as sb
-    from sparsebert.formats import nm
-
-    torch.manual_seed(0)
-    dtype = torch.float16
-    linear = torch.nn.Linear(128, 64, dtype=dtype)
-    with torch.no_grad():
-        linear.weight.copy_(nm.project(linear.weight, 2, 4))
-    packed = sb.nn.NMLinear.from_linear(linear, sb.NMConfig(2, 4), name="small case").to(device)
-    x = torch.randn(24, 128, dtype=dtype)
-    with torch.no_grad():
-        y = packed(x.to(device)).cpu().double()
-        expected = x.double() @ linear.weight.double().T + linear.bias.double()
-    error = float((y - expected).norm() / expected.norm())
-    if not error <= 2e-3:
-        raise RuntimeError(f"packed layer on {device}: relative error {error:.3g}, expected at most 2e-3")
-    print(f"packed layer on {device}: relative error {error:.3g}")
-
-
-def sanitizer_step(context: Context) -> Outcome:
-    """The small case under compute-sanitizer's memory check, where that program is there and works."""
-    case = [sys.executable, str(HERE / "gpu_check.py"), "--small-case"]
-    log_path = context.settings.out / "sanitizer.log"
-    if context.dry:
-        status, output = run_logged([*case, "cpu"], log_path, context.left())
-        if status != 0:
-            return Outcome("failed", f"the small case ended with status {status}: {last_line(output)}")
-        return Outcome("skipped", "DRY: the small case ran on the CPU without a memory checker")
-    return sanitized(context, "memcheck", [*case, "cuda"], log_path)
+    jobs = ladder.jobs(context.device, dry=context.dry)
+    return walk(context, [job for job in jobs if job.row["execution"] == "compiled"], 30.0)
 
 
 def every_kernel_step(context: Context, tool: str) -> Outcome:
-    """Every instantiation of the CUDA kernels under one of compute-sanitizer's tools."""
-    case = [sys.executable, str(ROOT / "tests" / "sanitize_cuda.py")]
+    """Every instantiation of the CUDA kernels, and every Triton kernel, under one of compute-sanitizer's tools."""
     log_path = context.settings.out / f"{tool}.log"
-    if not context.dry:
-        return sanitized(context, tool, case, log_path)
-    status, output = run_logged([*case, "--list"], log_path, context.left())
-    if status not in (0, NOTHING_TO_RUN):
-        return Outcome("failed", f"listing the cases ended with status {status}: {last_line(output)}")
-    return Outcome("skipped", f"DRY: {last_line(output)}")
+    found = {}
+    for number, (name, dry_option) in enumerate(SANITIZED.items()):
+        case = [sys.executable, str(ROOT / "tests" / f"sanitize_{name}.py")]
+        limit_s = context.left() / (len(SANITIZED) - number)
+        if not context.dry:
+            found[name] = sanitized(tool, case, log_path, limit_s)
+            continue
+        status, output = run_logged([*case, dry_option], log_path, limit_s)
+        said = last_line(output)
+        found[name] = Outcome("skipped" if status in (0, NOTHING_TO_RUN) else "failed", f"status {status}: {said}")
+    worst = min((outcome.status for outcome in found.values()), key=("failed", "note", "skipped", "ok").index)
+    return Outcome(worst, "; ".join(f"{name}: {outcome.reason}" for name, outcome in found.items()))
 
 
 def find_sanitizer() -> str | None:
@@ -755,7 +477,7 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or (shutil.which(str(beside)) if beside else None)
 
 
-def sanitized(context: Context, tool: str, case: Sequence[str], log_path: Path) -> Outcome:
+def sanitized(tool: str, case: Sequence[str], log_path: Path, limit_s: float) -> Outcome:
     """A program under one of compute-sanitizer's tools."""
     program = find_sanitizer()
     if program is None:
@@ -763,14 +485,14 @@ def sanitized(context: Context, tool: str, case: Sequence[str], log_path: Path) 
     # API errors are left out: torch probes for features and handles the refusals.
     options = ["--tool", tool, "--error-exitcode", "9"]
     options += ["--report-api-errors", "no"] if tool == "memcheck" else []
-    status, output = run_logged([program, *options, *case], log_path, context.left())
+    status, output = run_logged([program, *options, *case], log_path, limit_s)
     if status is None:
         return Outcome("note", f"unavailable: it did not finish in its time; last line: {last_line(output)}")
     if status == 0 and (clean := next((text for text in CLEAN[tool] if text in output), None)):
         return Outcome("ok", clean.partition(": ")[2])
     if unsupported := [line.strip() for line in output.splitlines() if "not supported" in line]:
         return Outcome("note", f"unavailable: {unsupported[0]}")
-    if nothing := [line for line in output.splitlines() if line.startswith("sanitize_cuda: ")]:
+    if nothing := [line for line in output.splitlines() if line.startswith("sanitize_")]:
         return Outcome("note", f"unavailable: {nothing[0].partition(': ')[2]}")
     return Outcome("failed", f"status {status}: {last_line(output)}")
 
@@ -789,12 +511,13 @@ STEPS: dict[str, Step] = {
     "ceilings": Step("first", 5, ceilings_step),
     "peaks": Step("first", 13, peaks_step),
     "pytest": Step(PARENT, 26, pytest_step),
-    "linear": Step("linear", 50, linear_step),
-    "models": Step("models", 10, models_step),
-    "compile": Step("models", 15, compile_step),
-    "sanitizer": Step(PARENT, 5, sanitizer_step),
-    "memcheck": Step(PARENT, 6, partial(every_kernel_step, tool="memcheck")),
-    "racecheck": Step(PARENT, 6, partial(every_kernel_step, tool="racecheck")),
+    "linear": Step("linear", 40, linear_step),
+    "never_slower": Step("never_slower", 10, never_slower_step),
+    "models": Step("models", 20, models_step),
+    "compiled_linear": Step("compiled_linear", 8, compiled_linear_step),
+    "compiled_models": Step("compiled_models", 12, compiled_models_step),
+    "memcheck": Step(PARENT, 9, partial(every_kernel_step, tool="memcheck")),
+    "racecheck": Step(PARENT, 9, partial(every_kernel_step, tool="racecheck")),
 }
 
 
@@ -869,11 +592,12 @@ def stop(process: subprocess.Popen[Any]) -> None:
 def run_logged(
     command: Sequence[str], log_path: Path, limit_s: float, more: Mapping[str, str] | None = None
 ) -> tuple[int | None, str]:
-    """Run a program with its output in a file and ``more`` in its environment; its exit status, or None if it was
-    stopped, and that output."""
+    """Run a program with its output at the end of a file and ``more`` in its environment; its exit status, or None if
+    it was stopped, and that output."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, **(more or {})}
-    with log_path.open("w", encoding="utf-8") as log:
+    with log_path.open("a", encoding="utf-8") as log:
+        begun = log.tell()
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -882,7 +606,7 @@ def run_logged(
         except subprocess.TimeoutExpired:
             stop(process)
             status = None
-    return status, log_path.read_text(encoding="utf-8", errors="replace")
+    return status, log_path.read_bytes()[begun:].decode(errors="replace")
 
 
 def run_group(names: list[str], journal: Journal, state: Path, until: float) -> bool:
@@ -931,6 +655,18 @@ def run_group(names: list[str], journal: Journal, state: Path, until: float) -> 
     return True
 
 
+def measured_before(path: Path | None) -> list[str]:
+    """The keys of the measurements in the rows of an earlier run; read first, as it may lie where this one writes."""
+    if path is None:
+        return []
+    if not path.is_file():
+        raise SystemExit(f"gpu_check: RESUME is {str(path)!r}, expected the rows.jsonl of an earlier run")
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    # Ceilings are those of the machine of now.
+    kept = [row for row in rows if "key" in row and row["kind"] != "ceiling"]
+    return [row["key"] for row in kept if row["status"] not in ("crashed", "error")]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     internal = parser.add_argument_group("used by this program itself")
@@ -938,11 +674,7 @@ def main() -> int:
     internal.add_argument("--state", type=Path)
     internal.add_argument("--started", type=float)
     internal.add_argument("--until", type=float)
-    internal.add_argument("--small-case", metavar="DEVICE")
     options = parser.parse_args()
-    if options.small_case:
-        small_case(options.small_case)
-        return 0
     settings = Settings.read()
     if options.steps:
         journal = Journal(settings, options.state, options.started)
@@ -950,14 +682,19 @@ def main() -> int:
 
     started = time.time()
     until = started + settings.budget_s - RESERVE_S
+    before = measured_before(settings.resume)
     settings.out.mkdir(parents=True, exist_ok=True)
-    logs = ("log.txt", *(f"{name}.log" for name in ("build", "pytest", "sanitizer", "memcheck", "racecheck")))
+    logs = ("log.txt", *(f"{name}.log" for name in ("build", "pytest", "memcheck", "racecheck")))
     for name in ("rows.jsonl", "summary.md", *logs):
         (settings.out / name).unlink(missing_ok=True)
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(settings, Path(folder), started)
-        order = list(STEPS)
+        for key in before:
+            journal.mark(end=key)
+        # What the user tuned has no part in it.
+        os.environ["SPARSEBERT_CACHE"] = folder
+        order = [name for name in STEPS if not settings.steps or name in settings.steps]
         if settings.dry:
             # One child for everything: importing torch again and again would be most of a dry run.
             order.sort(key=lambda name: STEPS[name].group == PARENT)

@@ -13,11 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import torch  # noqa: E402
+
 import gpu_check  # noqa: E402
+from sparsebert.bench.jobs import Missing  # noqa: E402
+from sparsebert.bench.linear import sweep  # noqa: E402
 
 STEPS = [
-    *("build", "names", "environment", "ceilings", "peaks", "pytest", "linear", "models", "compile"),
-    *("sanitizer", "memcheck", "racecheck", "summary"),
+    *("build", "names", "environment", "ceilings", "peaks", "pytest", "linear", "never_slower", "models"),
+    *("compiled_linear", "compiled_models", "memcheck", "racecheck", "summary"),
 ]
 
 
@@ -72,26 +76,21 @@ def test_dry_run_walks_every_step(tmp_path: Path):
         assert row["error"] <= row["error_limit"]
         assert row["flops"] == 2 * row["tokens"] * row["out_features"] * row["in_features"]
         assert row["bytes"] > row["weight_bytes"] > 0
-        assert ("median_us" in row) == (row["status"] == "ok")
-    peers = {peer.name for _, _, peer in gpu_check_jobs()}
-    assert {row["peer"] for row in linears} == peers
+        assert ("median_us" in row) == (row["status"] == "ok") == ("reached" in row)
+    peers = {peer.name: peer for peer in sweep.peers(torch.device("cpu"), dry=True)}
+    assert {row["peer"] for row in linears} == set(peers)
     assert {row["peer"] for row in linears if row["status"] == "skipped"} == {
-        *("cusparselt_fp16", "cusparselt_bf16", "cusparselt_int8", "cusparselt_int8_gelu"),
-        *("cusparselt_fp8", "cutlass_fp16"),
+        name for name, peer in peers.items() if peer.needs_cuda
     }
-    searched = [row for row in linears if row["peer"] == "cusparselt_fp16" and row["tokens"] == 1]
-    assert all(row["padded_tokens"] == 8 for row in searched)
+    assert all(row["padded_tokens"] == 8 for row in linears if row["peer"] == "cusparselt_fp16" and row["tokens"] == 1)
+
+    slower = [row for row in rows if row["kind"] == "never_slower"]
+    assert slower and {row["status"] for row in slower} == {"skipped"} and all(row["ratio"] > 0 for row in slower)
 
     models = {row["peer"]: row["status"] for row in rows if row["kind"] == "model"}
     assert models == {"dense_eager": "ok", "dense_graph": "skipped", "dense_compiled": "ok"}
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert "# GPU check: Dry run" in text and "bert-base" in text
-
-
-def gpu_check_jobs():
-    import baselines
-
-    return baselines.jobs(dry=True)
+    assert "# GPU check: Dry run" in text and "dry.ffn_in" in text and "bert-base" in text
 
 
 ONLY = "gpu_check.STEPS = {name: gpu_check.STEPS[name] for name in ('names', 'environment', 'ceilings')}\n"
@@ -155,6 +154,51 @@ def test_without_a_gpu_and_not_dry_it_says_so(tmp_path: Path):
     assert rows == []
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("STEPS", "linear,modles", "STEPS has 'modles', expected some of build, names"),
+        ("RESUME", "nowhere.jsonl", "RESUME is 'nowhere.jsonl', expected the rows.jsonl of an earlier run"),
+    ],
+)
+def test_what_the_environment_asks_for_is_checked(monkeypatch: pytest.MonkeyPatch, name: str, value: str, text: str):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=text):
+        gpu_check.measured_before(gpu_check.Settings.read().resume)
+
+
+def test_a_peer_that_is_not_installed_is_no_mistake(context: gpu_check.Context):
+    def missing() -> dict:
+        raise Missing("torchao does not import: no such module")
+
+    context.settings = gpu_check.Settings(context.settings.out, True, 60.0)
+    context.attempt("1 a", missing, kind="linear", peer="a")
+    assert context.mistakes == 0 and rows_of(context)[0]["status"] == "refused"
+
+
+def test_some_steps_alone_go_on_where_an_earlier_run_ended(tmp_path: Path):
+    script = driver(
+        tmp_path / "driver.py",
+        "def measuring(context):\n"
+        "    for peer in ('a', 'b'):\n"
+        "        context.attempt(f'probe {peer}', lambda: {'median_us': 1.0}, kind='probe', peer=peer)\n"
+        "    return Outcome()\n"
+        "gpu_check.STEPS = {'linear': Step('one', 1, measuring), 'models': Step('one', 1, measuring)}\n",
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    before = [
+        {"kind": "probe", "peer": "a", "key": "probe a", "status": "ok"},
+        {"kind": "crash", "peer": "b", "key": "probe b", "status": "crashed"},
+    ]
+    # Where this run writes as well.
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
+    status, rows, log = run(script, out, DRY="1", STEPS="linear", RESUME=str(out / "rows.jsonl"))
+    assert status == 0, log
+    assert steps(rows) == {"linear": "ok", "summary": "ok"}
+    assert [row["peer"] for row in rows if row["kind"] == "probe"] == ["b"]
+
+
 def test_a_budget_that_is_no_number_is_one_line(tmp_path: Path):
     status, _, log = run(ROOT / "benchmarks" / "gpu_check.py", tmp_path, BUDGET_S="soon")
     assert status == 1
@@ -163,7 +207,6 @@ def test_a_budget_that_is_no_number_is_one_line(tmp_path: Path):
 
 @pytest.fixture
 def context(tmp_path: Path) -> gpu_check.Context:
-    torch = pytest.importorskip("torch")
     settings = gpu_check.Settings(out=tmp_path, dry=False, budget_s=60.0)
     journal = gpu_check.Journal(settings, tmp_path, started=0.0)
     return gpu_check.Context(settings, journal, until=float("inf"), device=torch.device("cpu"))
@@ -191,8 +234,6 @@ def test_a_library_may_refuse_but_a_mistake_counts(context: gpu_check.Context):
 
 
 def test_a_lost_device_ends_the_process(context: gpu_check.Context, monkeypatch: pytest.MonkeyPatch):
-    import torch
-
     def illegal(*_: object) -> dict:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -210,32 +251,12 @@ def test_a_lost_device_ends_the_process(context: gpu_check.Context, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("status", "output", "outcome", "reason"),
-    [
-        (0, "ran\n========= ERROR SUMMARY: 0 errors\n", "ok", "0 errors"),
-        (9, "bad write\n========= ERROR SUMMARY: 2 errors\n", "failed", "ERROR SUMMARY: 2 errors"),
-        (1, "ImportError: x\n========= ERROR SUMMARY: 0 errors\n", "failed", "status 1"),
-        (9, "========= Error: Device not supported\nERROR SUMMARY: 1 error\n", "note", "unavailable"),
-        (None, "", "note", "unavailable"),
-    ],
-)
-def test_sanitizer_outcomes(context: gpu_check.Context, monkeypatch, status, output, outcome, reason):
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda program: f"/usr/bin/{program}")
-    monkeypatch.setattr(gpu_check, "run_logged", lambda *_: (status, output))
-    found = gpu_check.sanitizer_step(context)
-    assert found.status == outcome and reason in found.reason
-
-
-def test_no_sanitizer_is_a_note(context: gpu_check.Context, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda program: None)
-    found = gpu_check.sanitizer_step(context)
-    assert (found.status, found.reason) == ("note", "unavailable: compute-sanitizer is not on PATH")
-
-
-@pytest.mark.parametrize(
     ("tool", "status", "output", "outcome", "reason"),
     [
         ("memcheck", 0, "120 cases\n========= ERROR SUMMARY: 0 errors\n", "ok", "0 errors"),
+        ("memcheck", 9, "bad write\n========= ERROR SUMMARY: 2 errors\n", "failed", "ERROR SUMMARY: 2 errors"),
+        ("memcheck", 1, "ImportError: x\n========= ERROR SUMMARY: 0 errors\n", "failed", "status 1"),
+        ("memcheck", 9, "========= Error: Device not supported\nERROR SUMMARY: 1 error\n", "note", "unavailable"),
         ("racecheck", 0, "120 cases\n========= RACECHECK SUMMARY: 0 hazards displayed\n", "ok", "0 hazards"),
         ("racecheck", 9, "========= RACECHECK SUMMARY: 1 hazard displayed\n", "failed", "status 9"),
         # No output of the tool: it was not the tool that ran.
@@ -244,18 +265,39 @@ def test_no_sanitizer_is_a_note(context: gpu_check.Context, monkeypatch: pytest.
         ("memcheck", None, "tile 0: right\n", "note", "last line: tile 0: right"),
     ],
 )
-def test_every_kernel_outcomes(context: gpu_check.Context, monkeypatch, tool, status, output, outcome, reason):
+def test_sanitizer_outcomes(context: gpu_check.Context, monkeypatch, tool, status, output, outcome, reason):
+    """The CUDA kernels end so, the Triton kernels well: the worse of them counts."""
     commands = []
+    clean = f"fine\n========= {gpu_check.CLEAN[tool][0]}\n"
+
+    def ran(command: list[str], *_: object) -> tuple[int | None, str]:
+        commands.append(command)
+        return (status, output) if command[-1].endswith("sanitize_cuda.py") else (0, clean)
+
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "compute-sanitizer")
-    monkeypatch.setattr(gpu_check, "run_logged", lambda command, *_: (commands.append(command), (status, output))[1])
+    monkeypatch.setattr(gpu_check, "run_logged", ran)
+    context.until = gpu_check.time.time() + 60
     found = gpu_check.every_kernel_step(context, tool)
-    assert found.status == outcome and reason in found.reason
-    assert commands[0][1:3] == ["--tool", tool] and commands[0][-1].endswith("sanitize_cuda.py")
+    assert found.status == outcome and reason in found.reason and "triton: 0 " in found.reason
+    assert [command[1:3] for command in commands] == [["--tool", tool]] * 2
+    assert [Path(command[-1]).name for command in commands] == ["sanitize_cuda.py", "sanitize_triton.py"]
+
+
+def test_no_sanitizer_is_a_note(context: gpu_check.Context, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda program: None)
+    found = gpu_check.every_kernel_step(context, "memcheck")
+    assert found.status == "note" and "cuda: unavailable: compute-sanitizer is not on PATH" in found.reason
+
+
+def test_two_programs_share_a_log(tmp_path: Path):
+    log = tmp_path / "x.log"
+    for word in ("first", "second"):
+        status, output = gpu_check.run_logged([sys.executable, "-c", f"print('{word}')"], log, 20.0)
+        assert (status, output) == (0, f"{word}\n")
+    assert log.read_text() == "first\nsecond\n"
 
 
 def test_the_kernels_are_built_for_the_device_alone(context: gpu_check.Context, monkeypatch: pytest.MonkeyPatch):
-    import torch
-
     import peaks
     from sparsebert.ops.cuda import extension
 
@@ -314,32 +356,6 @@ def test_numbers_json_lacks_become_null(context: gpu_check.Context):
     assert row["error"] is None and row["many"] == [None, 1.0]
 
 
-@pytest.mark.parametrize(("fault", "status"), [(0.0, "ok"), (0.01, "wrong"), (float("nan"), "wrong")])
-def test_a_wrong_result_is_not_timed(context: gpu_check.Context, monkeypatch, fault: float, status: str):
-    import torch
-
-    import baselines
-
-    def build(case: baselines.Case) -> baselines.Built:
-        x, w, b = case.operands(torch.float16)
-
-        def call() -> torch.Tensor:
-            y = torch.nn.functional.linear(x, w, b)
-            y[-1, -1] += fault * y.float().norm()
-            return y
-
-        reference = x.double() @ w.double().T + b.double()
-        return baselines.Built({"": [call, call]}, lambda: reference, 1, 1, limit=2e-3)
-
-    peer = baselines.Peer("suspect", "float16", "bias", build)
-    monkeypatch.setattr(baselines, "jobs", lambda dry: [(baselines.DRY_SHAPES[0], 16, peer)])
-    assert gpu_check.linear_step(context).status == "ok"
-    (row,) = rows_of(context)
-    assert row["status"] == status
-    assert ("median_us" in row) == (status == "ok")
-    assert ("over the limit" in row.get("reason", "")) == (status == "wrong")
-
-
 def test_timing_and_environment_serve_where_the_package_does_not_import(monkeypatch: pytest.MonkeyPatch):
     def broken(name: str) -> None:
         raise RuntimeError(f"{name} does not import")
@@ -359,79 +375,3 @@ def test_steps_share_what_time_is_left(monkeypatch: pytest.MonkeyPatch):
     assert gpu_check.step_end(["a", "b", "c"], 0, 180.0, count=2) == 140.0
     assert gpu_check.step_end(["a", "b", "c"], 2, 180.0) == 180.0
     assert gpu_check.step_end(["a", "b", "c"], 1, 50.0) == 100.0  # no time left: now
-
-
-def test_jobs_start_with_what_tells_most():
-    import baselines
-
-    jobs = baselines.jobs(dry=False)
-    names = [(shape.role, tokens, peer.name) for shape, tokens, peer in jobs]
-    assert len(set(names)) == len(names)
-    first = names[:24]
-    assert {tokens for _, tokens, _ in first} == {128, 2048, 8192}
-    assert {peer for _, _, peer in first} == {"cublas_fp16", "cusparselt_fp16"}
-    assert all(".ffn" in role for role, _, _ in first)
-    shapes = {(shape.out_features, shape.in_features) for shape, _, _ in jobs}
-    assert shapes == {
-        *((768, 768), (2304, 768), (3072, 768), (768, 3072)),
-        *((1024, 1024), (3072, 1024), (4096, 1024), (1024, 4096)),
-    }
-    assert {tokens for _, tokens, _ in jobs} == {1, 16, 32, 128, 512, 2048, 8192, 16384}
-    # Then the package's own kernels, first where packed weights pay by their bytes, beside dense.
-    served = sum(peer.serves(shape) for shape in baselines.FEED_FORWARD for peer in baselines.OWN)
-    after = names[24 : 24 + 4 * 2 + served]
-    assert {tokens for _, tokens, _ in after} == {32}
-    own = {peer.name for peer in baselines.OWN}
-    assert {peer for _, _, peer in after} == {"cublas_fp16", "cusparselt_fp16", *own}
-    # And the CUDA kernel with what it is held against.
-    rest, held = names[24 + len(after) :], {peer.name for peer in baselines.CUDA + baselines.RIVALS}
-    assert {peer for _, _, peer in rest[: 3 * 4 * len(held)]} == held
-    assert {tokens for _, tokens, _ in rest[3 * 4 * len(held) : 4 * 4 * len(held)]} == {512}
-    every = {1, 16, 32, 128, 512, 2048, 8192, 16384}
-    for peer in baselines.CUDA:
-        assert {tokens for _, tokens, name in names if name == peer.name} == every
-
-
-@pytest.mark.parametrize("peer", ["cuda_nm24_fp16", "cuda_int8_nm24_gelu", "cuda_int8_nm24_to_int8"])
-def test_many_configurations_are_sifted_before_they_are_measured(context: gpu_check.Context, monkeypatch, peer: str):
-    """On a GPU a peer of the CUDA kernel has a variant for each; here the one there is stands for twelve."""
-    import baselines
-
-    (found,) = (each for each in baselines.CUDA if each.name == peer)
-
-    def build(case: baselines.Case) -> baselines.Built:
-        built = found.build(case)
-        assert list(built.variants) == [""]
-        built.variants = {f"tile={number}": built.variants[""] for number in range(12)}
-        return built
-
-    many = baselines.Peer(peer, found.dtype, found.epilogue, build)
-    context.settings = gpu_check.Settings(context.settings.out, True, 60.0)
-    monkeypatch.setattr(baselines, "jobs", lambda dry: [(baselines.DRY_SHAPES[0], 16, many)])
-    assert gpu_check.linear_step(context).status == "ok"
-    (row,) = rows_of(context)
-    assert row["status"] == "ok" and len(row["variants_us"]) == 12 and row["algorithm"].startswith("tile=")
-    assert row["resident_us"] > 0 and row["median_us"] == row["variants_us"][row["algorithm"]]
-
-
-def test_pruning_keeps_the_two_largest_of_four():
-    import torch
-
-    import baselines
-
-    weight = torch.tensor([[1.0, -4.0, 3.0, 2.0, -1.0, -2.0, 0.5, 0.25]])
-    assert baselines.prune_2_4(weight).tolist() == [[0.0, -4.0, 3.0, 0.0, -1.0, -2.0, 0.0, 0.0]]
-
-
-def test_every_name_the_steps_use_exists_and_a_missing_one_is_found(monkeypatch: pytest.MonkeyPatch):
-    import baselines
-
-    assert baselines.missing_names() == []
-    monkeypatch.setitem(baselines.OPERATORS, "aten::_int_mm", ("self", "mat3"))
-    monkeypatch.setitem(baselines.OPERATORS, "aten::_no_such_mm", ("self",))
-    monkeypatch.setattr(baselines, "ATTRIBUTES", ("torch.cuda.CUDAGrap",))
-    assert baselines.missing_names() == [
-        "aten::_int_mm: no argument named mat3",
-        "aten::_no_such_mm: no such operator",
-        "torch.cuda.CUDAGrap: no such name",
-    ]

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Job", "run"]
+__all__ = ["Job", "Missing", "run"]
 
 Row = dict[str, Any]
-# What a library says that cannot do what it was asked; anything else is a mistake of this package.
-REFUSALS = (RuntimeError, NotImplementedError, ImportError)
+
+
+class Missing(RuntimeError):
+    """What a peer needs is not installed here."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Job:
     """One measurement. ``key`` names it and is unique in a work list, its last word the peer that is measured; ``row``
     holds the fields known beforehand, among them ``kind`` and ``peer``; ``work`` measures and returns the others.
 
-    ``work`` raises ``RuntimeError`` (or ``ImportError``) where the peer cannot serve: the row then has status
-    ``refused``. A result that misses its reference returns ``{"status": "wrong", "reason": ...}`` and no times.
+    ``work`` raises ``RuntimeError`` where the peer cannot serve: the row then has status ``refused``. A result that
+    misses its reference returns ``{"status": "wrong", "reason": ...}`` and no times.
     """
 
     key: str
@@ -33,7 +35,8 @@ def run(
     jobs: Iterable[Job], *, budget_s: float | None = None, report: Callable[[int, int, str], None] = lambda *_: None
 ) -> Iterator[Row]:
     """The row of each job in order, as it is measured, until ``budget_s`` seconds have passed; ``report(done, total,
-    key)`` is called before each. A refusal is a row with its ``reason``; other errors are raised."""
+    key)`` is called before each. A refusal is a row with its ``reason``; any other error is a mistake of this package,
+    and raised."""
     listed = list(jobs)
     started = time.monotonic()
     for done, job in enumerate(listed):
@@ -42,7 +45,7 @@ def run(
         report(done, len(listed), job.key)
         try:
             result = {"status": "ok", **job.work()}
-        except REFUSALS as error:
+        except RuntimeError as error:
             result = {"status": "refused", "reason": first_line(error)}
         yield {**job.row, "key": job.key, **result}
 

@@ -47,7 +47,7 @@ def ops(
     ``out`` as it goes, until ``budget_s`` seconds have passed."""
     where, file = the_device(device), _new(out, _OPS)
     from sparsebert.bench import jobs
-    from sparsebert.bench.linear import ceilings, sweep  # type: ignore[import-not-found]
+    from sparsebert.bench.linear import ceilings, sweep
 
     roofs = list(jobs.run(ceilings.jobs(where), report=report))
     rates = {row["peer"]: row.get("gbps") or row.get("tflops") for row in roofs if row["status"] == "ok"}
