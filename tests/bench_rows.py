@@ -47,8 +47,13 @@ def linear(peer: str, tokens: int, median_us: float | None, *, group: str = "den
 def own(tokens: int, median_us: float | None, *, format: str = "2:4", backend: str = "cuda", **change: Any) -> Row:
     """A row of this package: by default 2:4 in layout ``mma_sp``."""
     fields = {"op": f"nm_linear {format}", "layout": "mma_sp", "backend": backend, "configuration": {"tile": 1}}
-    fields |= {"device": "Test GPU", "weight_dtype": "float16", "format": format}
-    return linear(f"{backend}_{format}_fp16", tokens, median_us, group="own", **(fields | change))
+    fields |= {"device": "Test GPU", "weight_dtype": "float16", "format": format} | change
+    # What the packed weight has, which is the layer's unless columns are dropped.
+    fields = {
+        "op_out_features": fields.get("out_features", OUT),
+        "op_in_features": fields.get("in_features", IN),
+    } | fields
+    return linear(f"{format}/{fields['layout']}/{backend}/fp16", tokens, median_us, group="own", **fields)
 
 
 def model(peer: str, median_us: float, **change: Any) -> Row:

@@ -36,15 +36,15 @@ CEILINGS = [
 
 @dataclass(frozen=True)
 class Line:
-    hardware: str = "Other GPU"
-    software: str = "Some engine 1.0"
-    source: str = "https://example.com/figures"
+    label: str = "published: Some engine 1.0"
     model: str = "bert-base"
-    batch: int = 8
-    length: int = 128
-    precision: str = "int8"
-    ms: float | None = 0.5
-    sequences_per_s: float | None = None
+    hardware: str = "Other GPU"
+    precision: str | None = "int8"
+    batch: int | None = 8
+    length: int | None = 128
+    milliseconds: float | None = 0.5
+    samples_per_s: float | None = None
+    source: str = "https://example.com/figures"
 
 
 def run(rows, record=RECORD, *, dry=False, path="run.jsonl"):
@@ -133,6 +133,22 @@ def test_what_has_no_number_says_why(rows, text):
     assert (outcome.text, outcome.speed_up) == (text, None)
 
 
+def test_parts_of_layers_compare_with_none_and_ship_nothing():
+    part = linear("int8_to_int8/neutral/triton/fp16", 128, 1.0, group="own", dtype="int8 -> int8")
+    found = point(linear("cublas_fp16", 128, 10.0), part, linear("old", 128, 1.0, group=None))
+    assert not found.formats and not found.library and found.dense["peer"] == "cublas_fp16"
+    assert shipped([part]) == []
+
+
+def test_the_fastest_format_by_hand():
+    rows = [linear("cublas_fp16", 128, 10.0), linear("cublas_fp16", 512, 10.0), own(128, 8.0), own(512, None)]
+    rows += [own(128, 4.0, format="int8", layout="neutral", backend="triton")]
+    assert tables.fastest(rows).lines == [
+        ("base.ffn_in 3072 x 768", "128", "cublas_fp16", "10", "int8", "neutral, triton", "2.50x"),
+        ("base.ffn_in 3072 x 768", "512", "cublas_fp16", "10", "-", "-", "-"),
+    ]
+
+
 def test_the_op_table_by_hand():
     rows = [
         linear("cublas_fp16", 512, 20.0),
@@ -215,7 +231,7 @@ def test_the_roofline_table_by_hand():
     rows = [own(tokens, 10.0, reached=share) for tokens, share in ((1, 0.25), (16, 0.5), (128, 0.75))]
     rows += [own(512, None, reached=0.9), linear("cublas_fp16", 1, 10.0, reached=None)]
     assert tables.roofline(rows).lines == [
-        ("cuda_2:4_fp16", "own", "3", "25 %", "50 %", "75 %", "base.ffn_in at 128 tokens")
+        ("2:4/mma_sp/cuda/fp16", "own", "3", "25 %", "50 %", "75 %", "base.ffn_in at 128 tokens")
     ]
 
 
@@ -223,14 +239,16 @@ def test_the_ladder_by_hand():
     rows = [
         model("eager_fp32", 8000.0, dtype="float32"),
         model("graph_fp16", 2000.0),
-        model("torchao_int8", 1500.0),
+        model("torchao_int8", 1500.0, format="int8 (torchao)"),
         model("2:4", 1000.0, format="2:4", p95_us=None),
         model("int8", 9.0, format="int8", status="wrong"),
         model("graph_fp16", 3000.0, batch=1, key="b"),
     ]
-    far = Line(batch=32, ms=None, sequences_per_s=4000.0)
+    far = Line(precision=None, batch=None, length=None, milliseconds=None, samples_per_s=4000.0)
     table = tables.ladder(rows, [Line(), far, Line(model="bert-huge")])
-    lines = {(line[1], line[2].split(",")[0]): line[3:] for line in table.lines}
+    lines = {
+        (line[1], line[2].partition(":")[0] if "published" in line[2] else line[2]): line[3:] for line in table.lines
+    }
     # 8 sequences in 2 ms, 1024 tokens in 1 ms.
     assert lines["8 x 128, full", "graph_fp16"] == ("2", "4", "6", "4000", "512000", "300", "200", "best dense")
     assert lines["8 x 128, full", "2:4"] == ("1", "-", "3", "8000", "1024000", "300", "200", "2.00x")
@@ -240,9 +258,10 @@ def test_the_ladder_by_hand():
     assert lines["8 x 128, full", "int8"] == ("wrong", *["-"] * 7)
     assert lines["1 x 128, full", "graph_fp16"][-1] == "best dense"
     assert lines["8 x 128", "published"] == ("0.5", *["-"] * 7)
-    assert lines["32 x 128", "published"][3:] == ("4000", *["-"] * 4)
-    (name,) = {line[2] for line in table.lines if line[2].startswith("published")}
-    assert name.endswith("Some engine 1.0, int8, on Other GPU (https://example.com/figures)")
+    assert lines["not said", "published"][3:] == ("4000", *["-"] * 4)
+    near, unknown = (line[2] for line in table.lines if line[2].startswith("published"))
+    assert near == "published: Some engine 1.0, int8, on Other GPU, not measured here: https://example.com/figures"
+    assert unknown.startswith("published: Some engine 1.0, on Other GPU, not")
     assert not any(line[0] == "bert-huge" for line in table.lines)
 
 
@@ -345,6 +364,10 @@ def test_plots_are_the_same_to_the_byte_and_white(tmp_path):
         svg, png = plots.save(plot, tmp_path / "a")
         assert b"<dc:date>" not in svg.read_bytes() and png.stat().st_size > 5000
         assert image.imread(png)[0, 0, :3].tolist() == [1, 1, 1]
+    # Another dtype has figures of its own.
+    more = [linear("cublas_bf16", 128, 9.0, dtype="bfloat16"), own(128, 3.0, weight_dtype="bfloat16", dtype="bfloat16")]
+    names += ["test-gpu-speed-up-none-bf16", "test-gpu-break-even-none-bf16"]
+    assert sorted(names) == sorted(plot.name for plot in plots.of("test-gpu", "Test GPU", [*rows, *more]))
     again = plots.of("test-gpu", "Test GPU", rows, [Line()])[0]
     svg, _ = plots.save(again, tmp_path / "b")
     assert svg.read_bytes() == (tmp_path / "a" / svg.name).read_bytes()
@@ -414,9 +437,7 @@ def test_only_gpus_give_rows_and_only_under_their_own_name():
 
 
 def test_a_weight_of_fewer_columns_is_shipped_by_its_own_sizes():
-    assert shipped([own(128, 5.0, format="2:4@0.5", op="nm_linear 2:4")]) == []
-    sizes = {"op_out_features": OUT, "op_in_features": IN // 2}
-    (row,) = shipped([own(128, 5.0, format="2:4@0.5", op="nm_linear 2:4", **sizes)])
+    (row,) = shipped([own(128, 5.0, format="2:4@0.5", op="nm_linear 2:4", op_in_features=IN // 2)])
     assert (row.out_features, row.in_features) == (OUT, IN // 2)
 
 

@@ -501,7 +501,7 @@ def bench_ops(
         str | None, typer.Option(metavar="N,N", help="Token counts (batch times length), such as 1,128,4096.")
     ] = None,
     peers: Annotated[
-        str | None, typer.Option(metavar="GLOB,GLOB", help="Only peers so named, such as 'cublas_*,triton_int8*'.")
+        str | None, typer.Option(metavar="GLOB,GLOB", help="Only peers so named, such as 'cublas_*,2:4/*'.")
     ] = None,
     device: Device = None,
     out: RunFile = None,
@@ -533,11 +533,11 @@ def bench_ops(
 @bench.command("model")
 def bench_model(
     context: typer.Context,
-    models: Annotated[str, typer.Option(metavar="A,B", help="Such as bert-base,bert-large.")] = "bert-base",
+    models: Annotated[str, typer.Option(metavar="A,B", help="base, large, minilm.")] = "base",
     batch: Annotated[str, typer.Option(metavar="N,N", help="Sequences a call.")] = "1,8,32",
     length: Annotated[str, typer.Option(metavar="N,N", help="Tokens a sequence.")] = "128",
     rungs: Annotated[
-        str | None, typer.Option(metavar="GLOB,GLOB", help="Only rungs so named, such as 'graph_fp16,2:4'.")
+        str | None, typer.Option(metavar="A,B", help="These rungs, such as graph_fp16,graph_2:4, not the usual ones.")
     ] = None,
     compiled: Annotated[
         bool, typer.Option("--compiled/--no-compiled", help="Whether to measure torch.compile, which takes minutes.")

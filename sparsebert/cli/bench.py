@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,12 +49,10 @@ def ops(
     from sparsebert.bench import jobs
     from sparsebert.bench.linear import ceilings, sweep
 
+    # First without their ceilings: a name that is none should not cost their time.
+    sweep.jobs(where, models=shapes, tokens=tokens, peers=peers)
     roofs = list(jobs.run(ceilings.jobs(where), report=report))
-    rates = {row["peer"]: row.get("gbps") or row.get("tflops") for row in roofs if row["status"] == "ok"}
-    found = {name: rate for name, rate in rates.items() if rate}
-    listed = sweep.jobs(where, models=shapes, tokens=tokens, peers=peers, budget_s=budget_s, ceilings=found)
-    if not listed:
-        raise ValueError(f"there is nothing to measure: no peer at these shapes is named {', '.join(peers or ['*'])}")
+    listed = sweep.jobs(where, models=shapes, tokens=tokens, peers=peers, ceilings=ceilings.of(roofs))
     rows = chain(roofs, jobs.run(listed, budget_s=budget_s, report=report))
     return _measured(where, file, _OPS, rows)
 
@@ -83,11 +81,9 @@ def model(
         lengths=lengths,
         rungs=rungs,
         compiled=compiled,
-        dry=False,
-        budget_s=budget_s,
     )
     if not listed:
-        raise ValueError(f"there is nothing to measure: no rung of these models is named {', '.join(rungs or ['*'])}")
+        raise ValueError(f"there is nothing to measure: no rung is left of {', '.join(rungs or [])}")
     return _measured(where, file, _MODEL, jobs.run(listed, budget_s=budget_s, report=report))
 
 
@@ -115,18 +111,14 @@ def render(result: dict[str, Any]) -> Rendered:
     from sparsebert.bench.report import page, tables
 
     rows: list[dict[str, Any]] = result["rows"]
-    parts: dict[str, Callable[[Iterable[dict[str, Any]]], tables.Table]]
-    if result["kind"] == _OPS:
-        parts = {
-            f"Linear layers on {result['device']}: times as fast as the best dense path": tables.ops,
-            "Token counts at which a format is faster": tables.break_even,
-        }
-    else:
-        parts = {f"Models end to end on {result['device']}": tables.ladder}
     if not result["on_gpu"]:
         yield page.CPU_NOTE
-    for title, make in {**parts, "Without a number": tables.troubles}.items():
-        if (shown := make(rows)).lines:
+    if result["kind"] == _OPS:
+        first = (f"Linear layers on {result['device']}, the fastest format of each", tables.fastest(rows))
+    else:
+        first = (f"Models end to end on {result['device']}", tables.ladder(rows))
+    for title, shown in (first, ("Without a number", tables.troubles(rows))):
+        if shown.lines:
             yield title
             yield table(shown.titles, shown.lines)
     yield f"{len(rows)} rows written to {result['file']}; `sparsebert bench report` makes tables and plots of them"

@@ -39,7 +39,9 @@ def calls(monkeypatch) -> dict[str, tuple[tuple, dict]]:
     def give(name: str, jobs: list[Job]):
         def listed(*arguments, **options):
             seen[name] = (arguments, options)
-            return [] if ["nothing"] in (options.get("peers"), options.get("rungs")) else jobs
+            if options.get("peers") == ["nothing"]:
+                raise ValueError("no peer matches nothing")
+            return [] if options.get("rungs") == ["nothing"] else jobs
 
         return listed
 
@@ -60,6 +62,8 @@ def calls(monkeypatch) -> dict[str, tuple[tuple, dict]]:
             monkeypatch.setitem(sys.modules, f"sparsebert.bench.{parent}", package)
         module = ModuleType(path)
         module.jobs = give(path, jobs)
+        if name == "ceilings":
+            module.of = lambda rows: {row["peer"]: row["gbps"] for row in rows}
         setattr(package, name, module)
         monkeypatch.setitem(sys.modules, f"sparsebert.bench.{path}", module)
     return seen
@@ -80,12 +84,11 @@ def test_ops_writes_a_run_and_prints_the_short_table(tmp_path, calls):
         "models": ["base", "minilm"],
         "tokens": [1, 128],
         "peers": ["cublas_*", "own*"],
-        "budget_s": 60.0,
         "ceilings": {"copy": 10.0},
     }
     text = result.stdout
     assert text.startswith(page.CPU_NOTE) and "Linear layers on CPU: " in text
-    assert "2.00x cuda" in text and "no kernel here" in text and "at 128" in text
+    assert "2:4" in text and "mma_sp, cuda" in text and "2.00x" in text and "no kernel here" in text
     found = records.read(file)
     assert [row["kind"] for row in found.rows] == ["ceiling", "linear", "linear", "linear"]
     assert found.record["gpu"] is None and found.label.startswith("CPU: ")
@@ -107,8 +110,6 @@ def test_model_writes_a_run_and_prints_the_ladder(tmp_path, calls):
         "lengths": [128],
         "rungs": ["eager*"],
         "compiled": False,
-        "dry": False,
-        "budget_s": 600.0,
     }
     result = run("model", "--device", "cpu", "--out", tmp_path / "other.jsonl")
     assert page.CPU_NOTE in result.stdout and "2.00x" in result.stdout
@@ -127,8 +128,8 @@ def test_a_run_gets_a_name_of_its_own(tmp_path, monkeypatch):
     [
         (("ops", "--out", "there.jsonl"), "error: there.jsonl: is there already"),
         (("model", "--out", "no/run.jsonl"), "error: no/run.jsonl: there is no folder no"),
-        (("ops", "--peers", "nothing"), "error: there is nothing to measure: no peer at these shapes is named nothing"),
-        (("model", "--rungs", "nothing"), "no rung of these models is named nothing"),
+        (("ops", "--peers", "nothing"), "error: no peer matches nothing"),
+        (("model", "--rungs", "nothing"), "error: there is nothing to measure: no rung is left of nothing"),
         (("ops", "--tokens", "1,zero"), "is not a list of positive numbers"),
         (("model", "--batch", "0"), "is not a list of positive numbers"),
         (("ops", "--shapes", "huge"), "'huge' is not one of base, large, minilm"),

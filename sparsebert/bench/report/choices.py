@@ -28,12 +28,13 @@ def measured_rows(runs: Iterable[Run]) -> list[measurements.Row]:
             continue
         weights: dict[Weight, list[Row]] = defaultdict(list)
         for row in run.of("linear"):
-            if row.get("group") != "own" or not timed(row) or row.get("mode") != "cuda-graph":
+            # What has no op is a part of a layer, or several.
+            if row.get("group") != "own" or "op" not in row or not timed(row) or row.get("mode") != "cuda-graph":
                 continue
             if row["device"] != run.record["gpu"]:
                 raise ValueError(f"{run.path}: {row.get('key')} is of {row['device']}, the run of {run.record['gpu']}")
-            if (sizes := _sizes(row)) is not None:
-                weights[row["device"], row["op"], *sizes, row["weight_dtype"]].append(row)
+            sizes = row["op_out_features"], row["op_in_features"]
+            weights[row["device"], row["op"], *sizes, row["weight_dtype"]].append(row)
         chosen |= {weight: _of_weight(weight, rows) for weight, rows in weights.items()}
     return sorted((row for rows in chosen.values() for row in rows), key=lambda row: row.key)
 
@@ -71,11 +72,3 @@ def _of_weight(weight: Weight, rows: list[Row]) -> list[measurements.Row]:
         )
         for (bucket, layout), row in best.items()
     ]
-
-
-def _sizes(row: Row) -> tuple[int, int] | None:
-    """Those of the packed weight, by which an op is chosen for. They are not the layer's where the format drops columns
-    or rows: the row then has to say them (``op_out_features``, ``op_in_features``)."""
-    if "op_in_features" in row:
-        return row["op_out_features"], row["op_in_features"]
-    return None if "@" in row["format"] else (row["out_features"], row["in_features"])

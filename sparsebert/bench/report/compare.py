@@ -111,7 +111,12 @@ def dtype_of(row: Row) -> str | None:
 
 def points(rows: Iterable[Row]) -> list[Point]:
     """Every problem and token count of the op sweep, in order of role, size and count."""
-    linears = [row for row in rows if row["kind"] == "linear" and row.get("group")]
+    # A row of this package without a format is a part of a layer, or several, and compares with none.
+    linears = [
+        row
+        for row in rows
+        if row["kind"] == "linear" and (row.get("group") in ("dense", "library") or row.get("format"))
+    ]
     found: dict[tuple[Problem, int], list[Row]] = defaultdict(list)
     nameless: dict[tuple[int, int, str, int], list[Row]] = defaultdict(list)
     roles: dict[Problem, list[str]] = defaultdict(list)
@@ -130,6 +135,16 @@ def points(rows: Iterable[Row]) -> list[Point]:
         known = tuple(sorted(set(roles[problem])))
         result.append(_point(problem, tokens, known, [*here, *beside]))
     return sorted(result, key=lambda point: (point.roles, point.problem, point.tokens))
+
+
+def variants(points: Iterable[Point]) -> list[tuple[str, str]]:
+    """The activations and dtypes that there are, the plainest first: none and fp16."""
+    found = {(point.problem.activation, point.problem.dtype) for point in points}
+    return sorted(found, key=lambda variant: (variant[0] != "none", variant[1] != "fp16", variant))
+
+
+def of_variant(points: Iterable[Point], variant: tuple[str, str]) -> list[Point]:
+    return [point for point in points if (point.problem.activation, point.problem.dtype) == variant]
 
 
 def formats(points: Iterable[Point]) -> list[str]:
@@ -163,9 +178,9 @@ def best_dense_rung(rows: Iterable[Row]) -> Row | None:
 
 def rung_group(row: Row) -> str:
     """``dense``, ``library`` or ``own``, as ``group`` of the op sweep; a rung with a format is the package's own."""
-    if row.get("format") not in (None, "", "dense"):
-        return "own"
-    return "library" if row["peer"].startswith("torchao") else "dense"
+    if "torchao" in row["peer"]:
+        return "library"
+    return "dense" if row.get("format") in (None, "", "dense") else "own"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

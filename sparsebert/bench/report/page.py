@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsebert.bench.records import Run, place_name
-from sparsebert.bench.report import plots, tables
+from sparsebert.bench.report import compare, plots, tables
 
 Row = dict[str, Any]
 
@@ -80,15 +80,18 @@ def markdown(
 ) -> str:
     """The device's name as a heading of ``level``, then a section for each thing measured. ``images`` is where the
     files of ``plots_of`` lie, seen from the page; None leaves them out. Without ``full`` neither the times of all
-    layers nor the rooflines are listed."""
+    layers nor the rooflines are listed, and break-even points are those of the plainest layers."""
     parts = ["#" * level + f" {device.label}"]
     if not device.on_gpu:
         parts.append(DRY_NOTE if device.runs[0].dry else CPU_NOTE)
-    drawn = {plot.name.removeprefix(f"{device.slug}-"): plot for plot in plots_of(device, published)}
+    drawn = plots_of(device, published) if images is not None else []
     shown: list[tuple[str, str, str, str, str]] = []
     if sweep := device.newest("linear"):
         rows = sweep.rows
-        shown.append(("linear", "Break-even", BREAK_EVEN_NOTE, tables.break_even(rows).markdown(), "break-even"))
+        even = tables.break_even(rows, plainest=not full).markdown()
+        plainest = compare.variants(compare.points(rows))[:1]
+        which = "".join(f" Activation {activation}, {dtype}." for activation, dtype in plainest if not full)
+        shown.append(("linear", "Break-even", BREAK_EVEN_NOTE + which, even, "break-even"))
         layers = tables.ops(rows).markdown() if full else ""
         shown.append(("linear", "Linear layers", OPS_NOTE, layers, "speed-up"))
         roofs = "\n\n".join(table.markdown() for table in (tables.ceilings(rows), tables.roofline(rows)) if full)
@@ -99,9 +102,8 @@ def markdown(
         table = tables.ladder(ladder.rows, published).markdown()
         shown.append(("model", "Models end to end", LADDER_NOTE, table, "ladder"))
     for kind, title, note, body, name in shown:
-        image = ""
-        if images is not None and (plot := drawn.get(name)):
-            image = f"![{plot.title}]({images}{plot.name}.svg)"
+        those = [plot for plot in drawn if f"{plot.name}-".startswith(f"{device.slug}-{name}-") and name]
+        image = "\n\n".join(f"![{plot.title}]({images}{plot.name}.svg)" for plot in (those if full else those[:1]))
         if body or image:
             run = device.newest(kind)
             head = "#" * (level + 1) + f" {title}"

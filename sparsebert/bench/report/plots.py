@@ -20,8 +20,9 @@ Row = dict[str, Any]
 FORMATS = ("svg", "png")
 # Told apart by every kind of sight, and from the grey of what is neither.
 _VERDICTS = {compare.FASTER: "#0072b2", compare.EQUAL: "#bbbbbb", compare.SLOWER: "#d55e00"}
-_GROUPS = {"dense": "#555555", "library": "#e69f00", "own": "#0072b2"}
+_RUNGS = {"dense": "#555555", "library": "#e69f00", "own": "#0072b2"}
 _PUBLISHED = "#cccccc"
+_BEST_DENSE = "best dense path"
 _COLUMNS = 3
 
 
@@ -37,15 +38,21 @@ class Plot:
 def of(slug: str, label: str, rows: Sequence[Row], published: Iterable[tables.Published] = ()) -> list[Plot]:
     """The plots that ``rows``, all of the device ``label``, have numbers for. Needs no matplotlib."""
     points = compare.points(rows)
-    speeds = any(outcome.speed_up for point in points for outcome in point.formats.values())
     rungs = {key: found for key, found in tables.by_input(rows).items() if any(map(compare.timed, found))}
-    roofs = _roofs(rows)
-    found = []
-    if speeds:
-        found.append(("speed-up", "speed-up of each format over the best dense path", partial(speed_ups, points)))
-        found.append(("break-even", "where each format beats the best dense path", partial(break_even, points)))
-    if roofs and _rated(rows):
-        found.append(("roofline", "rates reached, and the measured ceilings", partial(roofline, rows, *roofs)))
+    roofs, rated = _roofs(rows), _rated(points)
+    found: list[tuple[str, str, Callable[[str], Figure]]] = []
+    for i, variant in enumerate(compare.variants(points)):
+        those = compare.of_variant(points, variant)
+        if not any(outcome.speed_up for point in those for outcome in point.formats.values()):
+            continue
+        # A figure of its own for each: all in one would be too large to read.
+        more, of = ("-" + "-".join(variant), f", {', '.join(variant)}") if i else ("", "")
+        text = f"speed-up of each format over the best dense path{of}"
+        found.append((f"speed-up{more}", text, partial(speed_ups, those)))
+        text = f"where each format beats the best dense path{of}"
+        found.append((f"break-even{more}", text, partial(break_even, those)))
+    if roofs and rated:
+        found.append(("roofline", "rates reached, and the measured ceilings", partial(roofline, rated, *roofs)))
     if rungs:
         found.append(("ladder", "models end to end", partial(ladder, rungs, list(published))))
     return [Plot(f"{slug}-{name}", f"{label}: {text}", partial(draw, f"{label}: {text}")) for name, text, draw in found]
@@ -132,13 +139,14 @@ def break_even(points: Sequence[compare.Point], title: str) -> Figure:
     return figure
 
 
-def roofline(rows: Sequence[Row], bandwidth: float, peaks: dict[str, float], title: str) -> Figure:
-    """Operations a second over operations a byte, both logarithmic, below the ceilings measured in the same run."""
+def roofline(rated: dict[str, list[Row]], bandwidth: float, peaks: dict[str, float], title: str) -> Figure:
+    """Operations a second over operations a byte, both logarithmic, below the ceilings measured in the same run: of the
+    best dense paths, each format's fastest kernels and the library peers."""
     figure, (axes,) = _panels(1, 9, 5.5, title)
-    points: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-    for row in _rated(rows):
-        rate = row["operations"] / row["median_us"] / 1e6
-        points[row["group"], row["peer"]].append((row["operations"] / row["bytes"], rate))
+    points = {
+        name: [(row["operations"] / row["bytes"], row["operations"] / row["median_us"] / 1e6) for row in rows]
+        for name, rows in rated.items()
+    }
     every = [x for found in points.values() for x, _ in found]
     low, high = min(every) / 2, max(*every, *(1e3 * peak / bandwidth for peak in peaks.values())) * 2
     for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
@@ -146,11 +154,10 @@ def roofline(rows: Sequence[Row], bandwidth: float, peaks: dict[str, float], tit
         axes.plot([min(low, knee), knee, high], [min(low, knee) * bandwidth / 1e3, peak, peak], color="black", lw=0.8)
         axes.text(high, peak, f"{name} ", ha="right", va="bottom", fontsize=7)
     markers = "os^vD<>pPX*hd"
-    for i, ((group, peer), found) in enumerate(sorted(points.items())):
+    for i, (name, found) in enumerate(points.items()):
         xs, ys = zip(*found, strict=True)
-        colour = _GROUPS["dense"] if group == "dense" else f"C{i % 10}"
-        style = {"marker": markers[i % len(markers)], "color": colour, "s": 16, "alpha": 0.7}
-        axes.scatter(xs, ys, label=f"{peer} ({group})", linewidths=0, **style)
+        style = {"marker": markers[i % len(markers)], "color": f"C{i % 10}" if i else "black", "s": 16, "alpha": 0.7}
+        axes.scatter(xs, ys, label=name, linewidths=0, **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations that the format needs, a byte that must move")
@@ -168,14 +175,12 @@ def ladder(
     figure, panels = _panels(len(rungs), 4.5, 1 + 0.24 * most, title)
     for axes, ((model, batch, length, lengths), rows) in zip(panels, rungs.items(), strict=True):
         bars = [
-            (row["peer"], row["median_us"] / 1e3, _GROUPS[compare.rung_group(row)])
-            for row in rows
-            if compare.timed(row)
+            (row["peer"], row["median_us"] / 1e3, _RUNGS[compare.rung_group(row)]) for row in rows if compare.timed(row)
         ]
         measured = len(bars)
         for line in tables.matching(published, model, batch, length):
-            if line.ms is not None:
-                bars.append((f"published: {line.software}, {line.precision}, {line.hardware}", line.ms, _PUBLISHED))
+            if line.milliseconds is not None:
+                bars.append((tables.published_name(line), line.milliseconds, _PUBLISHED))
         drawn = axes.barh([name for name, _, _ in bars], [ms for _, ms, _ in bars], color=[c for _, _, c in bars])
         for bar in drawn[measured:]:
             bar.set_hatch("///")
@@ -225,6 +230,15 @@ def _roofs(rows: Iterable[Row]) -> tuple[float, dict[str, float]] | None:
     return (bandwidth, peaks) if bandwidth and peaks else None
 
 
-def _rated(rows: Iterable[Row]) -> list[Row]:
-    linears = (row for row in rows if row["kind"] == "linear" and row.get("group") and compare.timed(row))
-    return [row for row in linears if row.get("operations") and row.get("bytes")]
+def _rated(points: Iterable[compare.Point]) -> dict[str, list[Row]]:
+    """The rows of a roofline plot by what to call them, the best dense paths first."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for point in points:
+        if point.dense:
+            found[_BEST_DENSE].append(point.dense)
+    for group in ("formats", "library"):
+        for point in points:
+            for name, outcome in getattr(point, group).items():
+                if outcome.row:
+                    found[name].append(outcome.row)
+    return {name: rated for name, rows in found.items() if (rated := [row for row in rows if row.get("operations")])}

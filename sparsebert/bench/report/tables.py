@@ -13,26 +13,27 @@ NOTHING = "-"
 
 
 class Published(Protocol):
-    """A figure that somebody else published, with where it is from; ``ms`` or ``sequences_per_s`` is None."""
+    """A figure that somebody else published, with where it is from: ``milliseconds`` of a batch or ``samples_per_s``.
+    What the source does not say is None."""
 
     @property
-    def hardware(self) -> str: ...
-    @property
-    def software(self) -> str: ...
-    @property
-    def source(self) -> str: ...
+    def label(self) -> str: ...
     @property
     def model(self) -> str: ...
     @property
-    def batch(self) -> int: ...
+    def hardware(self) -> str: ...
     @property
-    def length(self) -> int: ...
+    def precision(self) -> str | None: ...
     @property
-    def precision(self) -> str: ...
+    def batch(self) -> int | None: ...
     @property
-    def ms(self) -> float | None: ...
+    def length(self) -> int | None: ...
     @property
-    def sequences_per_s(self) -> float | None: ...
+    def milliseconds(self) -> float | None: ...
+    @property
+    def samples_per_s(self) -> float | None: ...
+    @property
+    def source(self) -> str: ...
 
 
 class Table(NamedTuple):
@@ -73,10 +74,27 @@ def ops(rows: Iterable[Row]) -> Table:
     return Table(("layer", "tokens", "best dense path", "us", *formats, *peers), lines)
 
 
-def break_even(rows: Iterable[Row]) -> Table:
+def fastest(rows: Iterable[Row]) -> Table:
+    """For each layer, dtype, activation and token count the best dense path and the fastest format beside it."""
+    lines = []
+    for point in compare.points(rows):
+        dense = point.dense
+        best = (dense["peer"], number(dense["median_us"])) if dense else (NOTHING, NOTHING)
+        timed = {name: outcome for name, outcome in point.formats.items() if outcome.speed_up is not None}
+        name = max(timed, key=lambda name: timed[name].speed_up or 0.0, default=NOTHING)
+        outcome = timed.get(name)
+        kernel = f"{outcome.row['layout']}, {outcome.row['backend']}" if outcome and outcome.row else NOTHING
+        lines.append((point.name, str(point.tokens), *best, name, kernel, _speed_up(outcome)))
+    return Table(("layer", "tokens", "best dense path", "us", "fastest format", "by", "over dense"), lines)
+
+
+def break_even(rows: Iterable[Row], *, plainest: bool = False) -> Table:
     """For each layer and format the token counts at which the format beats the best dense path. ``from 512 up`` reaches
-    to the largest count measured, which the second column has."""
+    to the largest count measured, which the second column has. ``plainest``: of one activation and dtype alone, none
+    and fp16 where these were measured."""
     found = compare.points(rows)
+    if plainest and found:
+        found = compare.of_variant(found, compare.variants(found)[0])
     formats = compare.formats(found)
     by_problem: dict[compare.Problem, list[compare.BreakEven]] = defaultdict(list)
     for entry in compare.break_even(found):
@@ -150,11 +168,11 @@ def ceilings(rows: Iterable[Row]) -> Table:
 
 
 def troubles(rows: Iterable[Row]) -> Table:
-    """What was refused, wrong or crashed, and why."""
+    """What was refused, wrong or crashed, and why; ``failed``, a layer that is slower, is not among it."""
     counts = Counter(
         (row["peer"], row["status"], row.get("reason") or "")
         for row in rows
-        if row.get("peer") and row.get("status") not in (None, "ok", "skipped")
+        if row.get("peer") and row.get("status") not in (None, "ok", "skipped", "failed")
     )
     lines = [(peer, status, str(count), reason) for (peer, status, reason), count in counts.items()]
     return Table(("peer", "status", "rows", "reason"), lines)
@@ -204,10 +222,17 @@ def _rung(row: Row, dense: Row | None) -> tuple[str, ...]:
     return (*ms, *rates, *sizes, "best dense" if row is dense else over)
 
 
+def published_name(line: Published) -> str:
+    """Marked as published, with what ran and on what."""
+    what = ", ".join(filter(None, (line.label.removeprefix("published: "), line.precision)))
+    return f"published: {what}, on {line.hardware}"
+
+
 def _published(line: Published) -> tuple[str, ...]:
-    name = f"published, not measured here: {line.software}, {line.precision}, on {line.hardware} ({line.source})"
-    where = (line.model, f"{line.batch} x {line.length}")
-    return (*where, name, number(line.ms), NOTHING, NOTHING, number(line.sequences_per_s), *[NOTHING] * 4)
+    where = f"{line.batch} x {line.length}" if line.batch and line.length else "not said"
+    name = f"{published_name(line)}, not measured here: {line.source}"
+    times = (number(line.milliseconds), NOTHING, NOTHING, number(line.samples_per_s))
+    return (line.model, where, name, *times, *[NOTHING] * 4)
 
 
 def _scaled(row: Row, name: str, unit: float) -> float | None:
