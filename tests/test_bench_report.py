@@ -214,6 +214,16 @@ def test_break_even_ranges(times, text):
     assert str(entry) == text
 
 
+def test_a_small_ratio_is_not_shown_as_zero():
+    assert [tables.ratio(value) for value in (12.345, 1.0, 0.1, 0.0456, 0.004)] == [
+        "12.35",
+        "1.00",
+        "0.10",
+        "0.046",
+        "0.004",
+    ]
+
+
 def test_break_even_of_what_was_not_measured():
     elsewhere = [linear("cublas_fp16", 128, 100.0, out_features=8), own(128, 50.0, out_features=8, format="int8")]
     table = tables.break_even([*sweep(50, 50, 50, 50), *elsewhere])

@@ -84,8 +84,8 @@ def speed_ups(points: Sequence[compare.Point], title: str) -> Figure:
     names, counts = _names(points), sorted({point.tokens for point in points})
     cells = {(point.name, point.tokens): point.formats for point in points}
     known = [o.speed_up for point in points for o in point.formats.values() if o.speed_up]
-    # At least to 1.5x, so that noise has no strong colour.
-    reach = max(math.log2(1.5), *(abs(math.log2(value)) for value in known))
+    # At least to 1.5x, so that noise has no strong colour; not beyond 4x, so that one outlier does not fade the rest.
+    reach = min(2.0, max(math.log2(1.5), *(abs(math.log2(value)) for value in known)))
     norm = Normalize(-reach, reach)
     figure, panels = _panels(len(formats), 1.2 + 0.5 * len(counts), 1.2 + 0.3 * len(names), title)
     for axes, format in zip(panels, formats, strict=True):
@@ -98,16 +98,16 @@ def speed_ups(points: Sequence[compare.Point], title: str) -> Figure:
                 text = outcome.text
                 if outcome.speed_up:
                     values[y][x] = math.log2(outcome.speed_up)
-                    text = f"{outcome.speed_up:.2f}"
+                    text = tables.ratio(outcome.speed_up)
                 strong = abs(values[y][x]) > 0.65 * reach
                 axes.text(x, y, text, ha="center", va="center", fontsize=6.5, color="white" if strong else "black")
         image = axes.imshow(values, norm=norm, cmap="RdBu", aspect="auto")
-        axes.set_title(format)
+        axes.set_title(format, fontsize=9)
         _grid(axes, counts, names)
-    bar = figure.colorbar(image, ax=panels, shrink=0.6, location="bottom", aspect=40)
-    ticks = [power for power in range(-6, 7) if abs(power) <= reach] or [0]
+    bar = figure.colorbar(image, ax=panels, shrink=0.6, location="bottom", aspect=40, extend="both")
+    ticks = [power for power in range(-2, 3) if abs(power) <= reach]
     bar.set_ticks(ticks, labels=[f"{2.0**power:g}x" for power in ticks])
-    bar.set_label("times as fast as the best dense path; hatched: no number, and where no word says why, not measured")
+    bar.set_label("times as fast as the best dense path (hatched: no number)")
     return figure
 
 
@@ -129,7 +129,7 @@ def break_even(points: Sequence[compare.Point], title: str) -> Figure:
             elif verdict != compare.NOT_MEASURED:
                 axes.text(x, y, verdict, ha="center", va="center", fontsize=6)
     for format, axes in by_format.items():
-        axes.set_title(format)
+        axes.set_title(format, fontsize=9)
         axes.set_xlim(-0.5, len(counts) - 0.5)
         axes.set_ylim(len(names) - 0.5, -0.5)
         _grid(axes, counts, names)
@@ -197,7 +197,7 @@ def _panels(count: int, width: float, height: float, title: str) -> tuple[Figure
     """A figure of ``count`` panels, each ``width`` by ``height`` inches, a few in a row."""
     from matplotlib.figure import Figure
 
-    columns = min(count, _COLUMNS)
+    columns, width = min(count, _COLUMNS), max(width, 3.2)
     lines = math.ceil(count / columns)
     figure = Figure(figsize=(columns * width + 2, lines * height + 1.2), layout="constrained")
     figure.suptitle(title)

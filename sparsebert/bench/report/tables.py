@@ -58,6 +58,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
+def ratio(value: float) -> str:
+    """Two decimals, or as many as show that it is not zero."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
 def ops(rows: Iterable[Row]) -> Table:
     """For each layer, dtype, activation and token count the best dense path, and how many times as fast each format
     (with its fastest backend) and each library peer is."""
@@ -199,8 +204,8 @@ def never_slower(rows: Iterable[Row]) -> str:
 def _failure(row: Row) -> str:
     sizes = f"{row.get('role') or 'layer'} {row['out_features']} x {row['in_features']} at {row['tokens']} tokens"
     times = f"{number(row['median_us'])} us, {row['dense_peer']} {number(row['dense_us'])} us"
-    ratio = row["median_us"] / row["dense_us"]
-    return f"{row.get('format') or row['peer']}, {sizes}: held as {row['layout']} {times} ({ratio:.2f} of its time)"
+    share = ratio(row["median_us"] / row["dense_us"])
+    return f"{row.get('format') or row['peer']}, {sizes}: held as {row['layout']} {times} ({share} of its time)"
 
 
 def _speed_up(outcome: compare.Outcome | None, *, backend: bool = False) -> str:
@@ -209,7 +214,7 @@ def _speed_up(outcome: compare.Outcome | None, *, backend: bool = False) -> str:
     if outcome.speed_up is None:
         return outcome.text
     by = f" {outcome.row['backend']}" if backend and outcome.row and outcome.row.get("backend") else ""
-    return f"{outcome.speed_up:.2f}x{by}"
+    return f"{ratio(outcome.speed_up)}x{by}"
 
 
 def _rung(row: Row, dense: Row | None) -> tuple[str, ...]:
@@ -218,7 +223,7 @@ def _rung(row: Row, dense: Row | None) -> tuple[str, ...]:
     ms = (number(_scaled(row, name, 1e3)) for name in ("median_us", "p95_us", "p99_us"))
     rates = (number(_scaled(row, name, 1)) for name in ("sequences_per_s", "tokens_per_s"))
     sizes = (number(_scaled(row, name, 1e6)) for name in ("peak_bytes", "model_bytes"))
-    over = NOTHING if dense is None else f"{dense['median_us'] / row['median_us']:.2f}x"
+    over = NOTHING if dense is None else f"{ratio(dense['median_us'] / row['median_us'])}x"
     return (*ms, *rates, *sizes, "best dense" if row is dense else over)
 
 
