@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from sparsebert.bench.linear.shapes import DRY_SHAPES, Shape
 from sparsebert.bench.timing import Timing
 
 CPU = torch.device("cpu")
+HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 RATES = {"copy": 10.0, "matmul_fp16": 0.1, "matmul_bf16": 0.1, "matmul_int8": 0.1, "matmul_fp8": 0.1}
 
 
@@ -52,6 +56,9 @@ def test_every_peer_of_a_gpu_is_walked_and_right():
     rows = list(jobs.run(listed))
     assert {row["peer"] for row in rows} == {peer.name for peer in sweep.peers(CPU, dry=True)}
     for row in rows:
+        if row["status"] == "refused":
+            assert row["peer"].startswith("torchao") and not HAS_TORCHAO, row
+            continue
         assert row["status"] in ("ok", "skipped"), row
         assert row["error"] <= row["error_limit"] and row["bytes"] > row["weight_bytes"] > 0
         assert 0 < row["operations"] <= 1.6 * row["flops"]
@@ -157,6 +164,8 @@ def test_a_peer_that_is_not_installed_is_refused_in_a_line(monkeypatch: pytest.M
 @pytest.mark.parametrize("name", ["compiled_fp16", "torchao_int8_bf16"])
 def test_copies_of_a_weight_share_one_compiled_graph(name: str):
     """Beyond eight graphs of one function torch.compile falls back to Python, and would be timed as such."""
+    if name.startswith("torchao"):
+        pytest.importorskip("torchao")
     every = (*dense.peers(torch.float16, dry=True), *library.peers(dry=True))
     (peer,) = (peer for peer in every if peer.name == name)
     with torch.no_grad():
@@ -164,6 +173,20 @@ def test_copies_of_a_weight_share_one_compiled_graph(name: str):
         calls[0]()
         with torch.compiler.set_stance("fail_on_recompile"):
             assert len([call() for call in calls]) == 12
+
+
+@pytest.mark.slow
+def test_torchao_where_it_is_installed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Elsewhere it is not: transformers imports it where it finds it, which takes seconds in every process."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
+    subprocess.run([*pip, "--constraint", str(root / "constraints.txt"), "torchao"], check=True)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{root}")
+    tests = ["tests/test_bench_linear.py", "tests/test_bench_models.py"]
+    wanted = "every_peer_of_a_gpu or copies_of_a_weight or torchao or dry"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", wanted, *tests]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout.splitlines()[-1]
 
 
 def test_what_needs_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch):

@@ -18,6 +18,7 @@ import torch  # noqa: E402
 import gpu_check  # noqa: E402
 from sparsebert.bench.jobs import Missing  # noqa: E402
 from sparsebert.bench.linear import sweep  # noqa: E402
+from sparsebert.bench.models import rungs  # noqa: E402
 
 STEPS = [
     *("build", "names", "environment", "ceilings", "peaks", "pytest", "linear", "never_slower", "models"),
@@ -87,8 +88,10 @@ def test_dry_run_walks_every_step(tmp_path: Path):
     slower = [row for row in rows if row["kind"] == "never_slower"]
     assert slower and {row["status"] for row in slower} == {"skipped"} and all(row["ratio"] > 0 for row in slower)
 
-    models = {row["peer"]: row["status"] for row in rows if row["kind"] == "model"}
-    assert models == {"dense_eager": "ok", "dense_graph": "skipped", "dense_compiled": "ok"}
+    models = [row for row in rows if row["kind"] == "model"]
+    assert {row["peer"] for row in models} == {*rungs.FIRST, *rungs.MORE, *rungs.COMPILED}
+    assert {row["status"] for row in models} == {"ok", "skipped"}
+    assert all(row["error"] <= row["error_limit"] for row in models if "torchao" not in row["peer"])
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert "# GPU check: Dry run" in text and "dry.ffn_in" in text and "bert-base" in text
 
