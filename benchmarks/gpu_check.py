@@ -51,8 +51,6 @@ for folder in (str(ROOT), str(HERE)):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
-import gpu_summary  # noqa: E402
-
 PARENT = "parent"  # the group of steps that are programs of their own
 NO_DEVICE = 3  # exit statuses of a child process
 DEVICE_LOST = 70
@@ -718,7 +716,8 @@ def main() -> int:
         begun = time.time()
         try:
             rows = [json.loads(line) for line in journal.rows_path.read_text(encoding="utf-8").splitlines()]
-            (settings.out / "summary.md").write_text(gpu_summary.summary(rows), encoding="utf-8")
+            text = importlib.import_module("sparsebert.bench.report.summary").summary(rows)
+            (settings.out / "summary.md").write_text(text, encoding="utf-8")
             outcome = Outcome()
         except Exception as error:
             traceback.print_exc()

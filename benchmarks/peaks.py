@@ -33,8 +33,6 @@ for folder in (str(ROOT), str(HERE)):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
-import gpu_summary  # noqa: E402
-
 Capability = tuple[int, int]
 Row = dict[str, Any]
 
@@ -334,6 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from sparsebert.bench.environment import environment
+    from sparsebert.bench.report import summary
     from sparsebert.bench.timing import Timing
 
     capability = LEAST
@@ -367,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows += ({**describe(peak), **shared, **_attempt(bench, peak)} for peak in PEAKS)
     if options.json:
         options.json.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-    print(gpu_summary.peaks(rows))
+    print(summary.peaks(rows))
     return int(any(row.get("status") == "refused" for row in rows))
 
 

@@ -16,7 +16,6 @@ sys.path.append(str(ROOT / "benchmarks"))
 import torch  # noqa: E402
 
 import gpu_check  # noqa: E402
-import gpu_summary  # noqa: E402
 from sparsebert.bench.jobs import Missing  # noqa: E402
 from sparsebert.bench.linear import sweep  # noqa: E402
 from sparsebert.bench.models import rungs  # noqa: E402
@@ -94,7 +93,7 @@ def test_dry_run_walks_every_step(tmp_path: Path):
     assert {row["status"] for row in models} == {"ok", "skipped"}
     assert all(row["error"] <= row["error_limit"] for row in models if "torchao" not in row["peer"])
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert "Dry run" in text and "dry.ffn_in" in text and "bert-base" in text
+    assert "# GPU check: Dry run" in text and "dry.ffn_in" in text and "bert-base" in text
 
 
 ONLY = "gpu_check.STEPS = {name: gpu_check.STEPS[name] for name in ('names', 'environment', 'ceilings')}\n"
@@ -379,30 +378,3 @@ def test_steps_share_what_time_is_left(monkeypatch: pytest.MonkeyPatch):
     assert gpu_check.step_end(["a", "b", "c"], 0, 180.0, count=2) == 140.0
     assert gpu_check.step_end(["a", "b", "c"], 2, 180.0) == 180.0
     assert gpu_check.step_end(["a", "b", "c"], 1, 50.0) == 100.0  # no time left: now
-
-
-def test_summary_states_ratios_floors_and_refusals():
-    base = {"dry": False, "environment": "e", "at_s": 1.0}
-    shape = {"role": "base.ffn_in", "out_features": 3072, "in_features": 768, "tokens": 2048}
-    rows = [
-        {"kind": "environment", "record": {"gpu": "Some GPU", "commit": "abc"}},
-        {"kind": "step", "step": "linear", "status": "partial", "seconds": 9.0, "reason": "out of time"},
-        {"kind": "ceiling", "peer": "copy", "status": "ok", "median_us": 1000.0, "gbps": 4000.0},
-        {"kind": "ceiling", "peer": "matmul_fp16", "status": "ok", "median_us": 1400.0, "tflops": 800.0},
-        {"kind": "linear", "peer": "cublas_fp16", "status": "ok", "median_us": 15.0, **shape}
-        | {"bytes": 20_000_000, "flops": 9_600_000_000},
-        {"kind": "linear", "peer": "cusparselt_fp16", "status": "ok", "median_us": 12.0, **shape},
-        {"kind": "linear", "peer": "cuda_nm24_fp16", "status": "ok", "median_us": 10.0, "algorithm": "tile=5", **shape},
-        {"kind": "linear", "peer": "cuda_tail32_nm24_fp16", "status": "ok", "median_us": 10.5, **shape},
-        {"kind": "linear", "peer": "cutlass_fp16", "status": "refused", "reason": "no kernels for this GPU", **shape},
-        {"kind": "model", "model": "bert-base", "batch": 8, "length": 128, "peer": "dense_graph"}
-        | {"status": "ok", "median_us": 1234.0},
-    ]
-    text = gpu_summary.summary([base | row for row in rows])
-    assert "# GPU check: Some GPU" in text and "Dry run" not in text
-    # 9.6 GFLOP at 800 TFLOP/s take 12 us; 20 MB at 4 TB/s only 5 us.
-    assert "| base.ffn_in | 3072x768 | 2048 | 15 | 12 | 1.25x | 1.50x | - | - | - | - |" in text
-    # 12 us of cuSPARSELt over 10, and 10 over 10.5 with a tail.
-    assert "| base.ffn_in | 2048 | 10 | tile=5 | 1.20x | - | - | - | 0.95x |" in text
-    assert "| bert-base | 8x128 | - | 1.23 | - |" in text
-    assert "| cutlass_fp16 | refused | 1 | no kernels for this GPU |" in text

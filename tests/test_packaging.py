@@ -88,6 +88,7 @@ def test_wheel_contains_the_library_and_nothing_else(source, distributions):
     others = names - info - modules - data
     assert {Path(name).suffix for name in others} <= {".json", ".toml"}
     assert {name.split("/")[0] for name in names - info} == {"sparsebert"}
+    assert "sparsebert/ops/shipped.json" in names
     recipes = {file.relative_to(source).as_posix() for file in (source / "sparsebert" / "recipes").glob("*.toml")}
     assert "sparsebert/recipes/tasks.toml" in recipes
     assert recipes - names == set()

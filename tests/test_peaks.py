@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu_check  # noqa: E402
-import gpu_summary  # noqa: E402
 import peaks  # noqa: E402
+from sparsebert.bench.report import summary  # noqa: E402
 
 PRODUCTS = [peak for peak in peaks.PEAKS if isinstance(peak, peaks.Product)]
 LOOPS = [peak for peak in peaks.PEAKS if isinstance(peak, peaks.Loop)]
@@ -245,7 +245,7 @@ def test_rates_ratios_and_clocks_are_those_of_what_was_counted():
     assert mine.failed == ["wgmma_ss_bf16_n64"]
 
     rows = [{**peaks.describe(by_name("wgmma_sp_ss_bf16_n256")), "dry": False, **sparse}]
-    line = gpu_summary.peaks(rows).splitlines()[-1]
+    line = summary.peaks(rows).splitlines()[-1]
     assert line.startswith("| wgmma.sp m64n256k32 bf16, A from shared memory, 2 warpgroups | ")
     assert line.endswith(" T/s | 144 | 128 | 1.78x | 1.60x |")
 
@@ -359,7 +359,7 @@ def test_the_step_measures_what_the_gpu_has_and_names_what_failed(
     lacking = {peak.name for peak in peaks.PEAKS if peak.obstacle((8, 0))}
     assert {name for name, value in status.items() if value == "skipped"} == lacking
     assert {value for name, value in status.items() if name not in lacking} == {"ok"}
-    assert "| mma m16n8k16 bf16, 8 warps |" in gpu_summary.peaks(rows) and "wgmma" not in gpu_summary.peaks(rows)
+    assert "| mma m16n8k16 bf16, 8 warps |" in summary.peaks(rows) and "wgmma" not in summary.peaks(rows)
 
     context.until = 0.0
     assert gpu_check.peaks_step(context) == gpu_check.Outcome("partial", "out of time before mma_fp16")

@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from sparsebert.ops import layout_choice, layouts, measurements, select
-from sparsebert.ops.devices import Device
+from sparsebert.ops.devices import Device, describe
 from sparsebert.ops.specs import BitmapSpec, LowRankSparseSpec, LowRankSpec, NMSpec
 
 SPEC = NMSpec(2, 4, 768, 3072)
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
+NAME = describe(CPU).name
+COUNTS = (128, 2048, 4096)
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +252,100 @@ def test_newer_rows_replace_older_ones(table):
         ("neutral", 128, 20.0, "measured"),
     }
     assert layout_choice.best(SPEC, torch.float32, CPU).layout == "dense"
+
+
+@pytest.fixture
+def ship(tmp_path, monkeypatch):
+    """``ship(dense={128: 10.0}, device=...)`` puts rows into the table that comes with the package."""
+
+    def write(device=None, backend="reference", configuration=None, **times):
+        rows = [
+            measurements.make_row(
+                SPEC, layout, tokens, torch.float32, CPU, median_us=us, mad_us=0.1, backend=backend,
+                configuration=configuration,
+            )
+            for layout, by_tokens in times.items()
+            for tokens, us in by_tokens.items()
+        ]  # fmt: skip
+        rows = [replace(row, device=device or row.device, source=measurements.SHIPPED) for row in rows]
+        file = tmp_path / "shipped.json"
+        file.write_text(measurements.as_text(rows))
+        monkeypatch.setattr(measurements, "SHIPPED_TABLE", file)
+        select._choose.cache_clear()
+        return file
+
+    yield write
+    select._choose.cache_clear()
+    measurements._shipped.cache_clear()
+
+
+def test_shipped_rows_decide_where_nothing_was_measured_here(ship):
+    ship(dense={128: 10.0}, neutral={128: 8.0})
+    choice = layout_choice.best(SPEC, torch.float32, CPU)
+    assert choice == (
+        "neutral",
+        "measured",
+        "measured (shipped) at 128 tokens: neutral takes 0.80 of the time of dense",
+    )
+    assert measurements.load() == [] and len(measurements.shipped()) == 2
+
+
+def test_a_weight_measured_here_is_chosen_for_by_that_alone(ship):
+    ship(dense={128: 10.0, 2048: 10.0}, neutral={128: 1.0, 2048: 1.0})
+    record(dense={128: 10.0}, neutral={128: 20.0})
+    choice = layout_choice.best(SPEC, torch.float32, CPU)
+    assert choice.layout == "dense"
+    assert choice.reason == "measured at 128 tokens: neutral takes 2.00 of the time of dense"
+    # A kernel compares with no other table's row: at 2048 tokens nothing was measured here.
+    found = {t: measurements.of(SPEC, "neutral", torch.float32, Device("cpu", NAME), t) for t in COUNTS}
+    assert {t: row and (row.median_us, row.source) for t, row in found.items()} == {
+        128: (20.0, "measured"),
+        2048: (1.0, "measured (shipped)"),
+        4096: None,
+    }
+    # And what is recorded later does not take the shipped rows along.
+    assert len(measurements.load()) == 2
+
+
+def test_shipped_rows_of_another_device_are_never_used(ship):
+    ship(device="Test GPU", dense={128: 10.0}, neutral={128: 1.0})
+    assert layout_choice.best(SPEC, torch.float32, CPU).source == "default"
+    assert measurements.of(SPEC, "neutral", torch.float32, Device("cuda", "Other GPU"), 128) is None
+    assert measurements.of(SPEC, "neutral", torch.float32, Device("cuda", "Test GPU"), 128).median_us == 1.0
+
+
+def test_a_configuration_says_whether_it_was_measured_here(ship):
+    class Configuration(NamedTuple):
+        tile: int
+
+    def both(problem):
+        return [Configuration(1), Configuration(2)]
+
+    candidate = select.Candidate("nm_linear", "neutral", "triton", "a kernel", lambda p: None, None, both)
+    ship(backend="triton", configuration={"tile": 2}, neutral={128: 1.0})
+    (row,) = measurements.shipped()
+    assert select.solutions(candidate, problem(), row)[0].description == "a kernel; tile 2: measured (shipped)"
+    assert select.solutions(candidate, problem())[0].description == "a kernel; tile 1: estimated"
+
+
+@pytest.mark.parametrize("text", ["", '{"version": 99, "rows": []}', '{"version": 1, "rows": [{"a": 1}]}'])
+def test_a_broken_shipped_table_is_an_error_that_names_the_file(ship, text):
+    ship().write_text(text)
+    for read in (measurements.shipped, lambda: layout_choice.best(SPEC, torch.float32, CPU)):
+        with pytest.raises(ValueError, match=r"shipped\.json: not a table of measurements .* install sparsebert again"):
+            read()
+
+
+def test_the_shipped_table_is_read_once(ship, monkeypatch):
+    ship(dense={128: 10.0})
+    measurements.shipped()
+    monkeypatch.setattr(measurements, "_read", None)
+    assert measurements.rows_for(SPEC, torch.float32, CPU)
+
+
+def test_the_table_that_is_shipped_is_read_and_holds_gpus_alone(root, monkeypatch):
+    monkeypatch.setattr(measurements, "SHIPPED_TABLE", root / "sparsebert" / "ops" / "shipped.json")
+    assert all(row.source == measurements.SHIPPED and row.device[:4] != "cpu " for row in measurements.shipped())
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"version": 99, "rows": []}', '{"version": 1, "rows": [{"a": 1}]}'])

@@ -22,12 +22,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+bench = typer.Typer(
+    help="Measure layers and models on a device, dense, packed and as other libraries do it.", no_args_is_help=True
+)
+app.add_typer(bench, name="bench")
+
 Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or a model id of the hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Device = Annotated[
     str | None,
     typer.Option("--device", metavar="cpu|cuda", help="Where to run; the GPU by default where there is one."),
 ]
+
+RunFile = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE.jsonl", help="New file for the rows; by default named by the time."),
+]
+Budget = Annotated[float, typer.Option("--budget", metavar="SECONDS", min=0.0, help="When to stop measuring.")]
 
 
 def _parsed(parse: Callable[[str], T], text: str, option: str) -> T:
@@ -476,6 +487,105 @@ def tune(
         context,
         lambda report: command.tune(model, counts, device=device, report=report),
         command.render,
+        as_json,
+    )
+
+
+@bench.command("ops")
+def bench_ops(
+    context: typer.Context,
+    shapes: Annotated[
+        str, typer.Option(metavar="base,large,minilm", help="The layers of which models of the BERT family.")
+    ] = "base",
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Token counts (batch times length), such as 1,128,4096.")
+    ] = None,
+    peers: Annotated[
+        str | None, typer.Option(metavar="GLOB,GLOB", help="Only peers so named, such as 'cublas_*,2:4/*'.")
+    ] = None,
+    device: Device = None,
+    out: RunFile = None,
+    budget: Budget = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Measure single linear layers: dense, every format and kernel here, and other libraries' kernels."""
+    from sparsebert.cli import bench as command
+
+    names = _parsed(command.parse_shapes, shapes, "--shapes")
+    counts = None if tokens is None else _parsed(command.parse_counts, tokens, "--tokens")
+    _device(device)
+    _run(
+        context,
+        lambda report: command.ops(
+            shapes=names,
+            tokens=counts,
+            peers=_names(peers),
+            device=device,
+            out=out,
+            budget_s=budget,
+            report=report,
+        ),
+        command.render,
+        as_json,
+    )
+
+
+@bench.command("model")
+def bench_model(
+    context: typer.Context,
+    models: Annotated[str, typer.Option(metavar="A,B", help="base, large, minilm.")] = "base",
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Sequences a call.")] = "1,8,32",
+    length: Annotated[str, typer.Option(metavar="N,N", help="Tokens a sequence.")] = "128",
+    rungs: Annotated[
+        str | None, typer.Option(metavar="A,B", help="These rungs, such as graph_fp16,graph_2:4, not the usual ones.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled/--no-compiled", help="Whether to measure torch.compile, which takes minutes.")
+    ] = True,
+    device: Device = None,
+    out: RunFile = None,
+    budget: Budget = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Measure whole models end to end: eager, compiled, in a CUDA graph, quantized, and in every format."""
+    from sparsebert.cli import bench as command
+
+    batches = _parsed(command.parse_counts, batch, "--batch")
+    lengths = _parsed(command.parse_counts, length, "--length")
+    _device(device)
+    _run(
+        context,
+        lambda report: command.model(
+            models=_names(models) or [],
+            batches=batches,
+            lengths=lengths,
+            rungs=_names(rungs),
+            compiled=compiled,
+            device=device,
+            out=out,
+            budget_s=budget,
+            report=report,
+        ),
+        command.render,
+        as_json,
+    )
+
+
+@bench.command("report")
+def bench_report(
+    context: typer.Context,
+    paths: Annotated[list[Path], typer.Argument(metavar="FILE.jsonl...", help="Runs, of one device or of several.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write report.md and the plots.")],
+    plots: Annotated[bool, typer.Option("--plots", help="Draw them too, as SVG and PNG.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make tables and plots of runs: speed-ups, break-even points, rooflines, models end to end."""
+    from sparsebert.cli import bench as command
+
+    _run(
+        context,
+        lambda report: command.report(paths, out, plots=plots, progress=report),
+        command.render_report,
         as_json,
     )
 

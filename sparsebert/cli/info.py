@@ -81,6 +81,7 @@ def machine() -> dict[str, Any]:
             "exists": file.exists(),
             "rows": len(rows),
             "rows_of_this_device": sum(row.device == here for row in rows),
+            "shipped_rows_of_this_device": sum(row.device == here for row in measurements.shipped()),
         },
     }
 
@@ -116,6 +117,8 @@ def render_machine(result: dict[str, Any]) -> Rendered:
         yield f"measured choices: {found['file']} ({of})"
     else:
         yield f"measured choices: none yet; `sparsebert tune` will write {found['file']}"
+    if found["shipped_rows_of_this_device"]:
+        yield f"shipped with the package: {found['shipped_rows_of_this_device']} measurements of this device"
 
 
 def inspect(path: str) -> dict[str, Any]:

@@ -30,7 +30,8 @@ _NO_INT8 = (
 
 
 class Choice(NamedTuple):
-    """A layout and why: ``reason`` is a sentence, ``source`` is ``measured`` or ``default``."""
+    """A layout and why: ``reason`` is a sentence, ``source`` is ``measured`` (here or as shipped: the reason says
+    which) or ``default``."""
 
     layout: str
     source: str

@@ -78,8 +78,8 @@ class Candidate:
 
 
 class Solution(NamedTuple):
-    """What runs a problem. ``source`` of the configuration (None where there is nothing to configure): ``measured`` or
-    ``estimated``."""
+    """What runs a problem. ``source`` of the configuration (None where there is nothing to configure): ``estimated``,
+    or that of the measurement it is of."""
 
     candidate: Candidate
     configuration: Any = None
@@ -209,7 +209,7 @@ def solutions(candidate: Candidate, problem: Problem, row: measurements.Row | No
             and row.backend == candidate.backend
             and row.configuration == solution.configuration._asdict()
         ):
-            return [solution._replace(source="measured"), *found[:i], *found[i + 1 :]]
+            return [solution._replace(source=row.source), *found[:i], *found[i + 1 :]]
     return found
 
 

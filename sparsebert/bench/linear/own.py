@@ -116,6 +116,9 @@ def _build(case: Case, format: str, layout: str, backend: str, dtype: torch.dtyp
         operations=2 * case.tokens * _multiplied(spec),
         notes={
             "op": measurements.op_name(spec),
+            # The packed weight's, which are not the layer's where columns are dropped.
+            "op_out_features": spec.out_features,
+            "op_in_features": spec.in_features,
             "kernel": candidate.description,
             "device": problem.device.name,
             "configurations": {
