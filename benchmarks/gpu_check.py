@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -287,8 +286,7 @@ def names_step(context: Context) -> Outcome:
 
 def environment_step(context: Context) -> Outcome:
     record = load("environment").environment(context.device)
-    identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
-    context.journal.environment_path.write_text(identity)
+    context.journal.environment_path.write_text(load("records").identity(record))
     context.journal.row("environment", record=record)
     label = load("environment").device_label(context.device)
     context.journal.say(f"on {label}, torch {record['torch']}, commit {record['commit']}")

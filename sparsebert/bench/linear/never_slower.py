@@ -17,12 +17,10 @@ from sparsebert.bench.jobs import Job
 from sparsebert.bench.linear import own, shapes
 from sparsebert.bench.linear.shapes import DRY_CACHE, Shape
 from sparsebert.nn import PackedLinear
-from sparsebert.ops import select
+from sparsebert.ops import measurements, select
 
 FORMATS = ("2:4", "int8", "int8+2:4", "low-rank:0.25", "low-rank:0.05+rows:0.15", "bitmap:0.05")
 TOKENS = (128, 2048)
-# Slower by less than the larger of these is within the noise: a part of the dense time, and its median deviations.
-TOLERANCE, DEVIATIONS = 0.02, 3
 
 
 def jobs(
@@ -128,7 +126,7 @@ def _compare(
 
 def verdict(own_time: timing.Timing, dense: timing.Timing) -> dict[str, Any]:
     """``status``, ``ratio`` and ``margin_us`` of a layer's time and that of the best dense path of the same run."""
-    margin = max(TOLERANCE * dense.median_us, DEVIATIONS * dense.mad_us)
+    margin = measurements.margin_us(dense.median_us, dense.mad_us)
     slower = own_time.median_us - dense.median_us
     result = {"status": "ok", "ratio": own_time.median_us / dense.median_us, "margin_us": margin}
     if slower > margin:
