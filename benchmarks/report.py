@@ -21,6 +21,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from sparsebert.bench import records  # noqa: E402
+from sparsebert.bench.models.published import LINES  # noqa: E402
 from sparsebert.bench.report import choices, page, plots  # noqa: E402
 from sparsebert.bench.report.tables import Published  # noqa: E402
 from sparsebert.ops import measurements  # noqa: E402
@@ -58,7 +59,7 @@ def read_runs(data: Path) -> list[records.Run]:
     return runs
 
 
-def make(root: Path, published: Sequence[Published] = ()) -> Made:
+def make(root: Path, published: Sequence[Published] = LINES) -> Made:
     runs = read_runs(root / DATA)
     devices = [device for device in page.devices(runs) if device.on_gpu]
     texts, drawn, sections = {}, [], []
@@ -94,7 +95,7 @@ def strays(root: Path, made: Made) -> list[Path]:
     return sorted(set((root / PAGES).glob("*.*")) - set(files_of(root, made)))
 
 
-def check(root: Path, published: Sequence[Published] = ()) -> list[str]:
+def check(root: Path, published: Sequence[Published] = LINES) -> list[str]:
     """What is not as the data give it, a line each. Plots have to be there; how they look is not compared."""
     made = make(root, published)
     faults = [f"{file}: is not there" for file in files_of(root, made) if not file.exists()]
@@ -104,7 +105,7 @@ def check(root: Path, published: Sequence[Published] = ()) -> list[str]:
     return [*faults, *(f"{file}: comes from no run" for file in strays(root, made))]
 
 
-def write(root: Path, published: Sequence[Published] = ()) -> Made:
+def write(root: Path, published: Sequence[Published] = LINES) -> Made:
     made = make(root, published)
     for file in strays(root, made):
         file.unlink()

@@ -283,6 +283,7 @@ def checked(status, us=10.0, **change):
 
 def test_layers_that_are_slower_are_listed():
     assert tables.never_slower([]) == ""
+    assert tables.never_slower([checked("skipped")] * 3) == "None of 3 layers of tuned plans could be checked."
     assert tables.never_slower([checked("ok"), checked("ok")]).startswith("2 layers of tuned plans checked: none")
     text = tables.never_slower([checked("ok"), checked("failed", 12.0), checked("error", reason="x")])
     head, _, failure = text.splitlines()

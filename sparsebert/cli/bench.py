@@ -72,7 +72,7 @@ def model(
     """Whole models rung by rung, written to ``out`` as it goes, until ``budget_s`` seconds have passed."""
     where, file = the_device(device), _new(out, _MODEL)
     from sparsebert.bench import jobs
-    from sparsebert.bench.models import ladder  # type: ignore[import-not-found]
+    from sparsebert.bench.models import ladder
 
     listed = ladder.jobs(
         where,
@@ -90,24 +90,26 @@ def model(
 def report(paths: Sequence[Path], out: Path, *, plots: bool, progress: Report) -> dict[str, Any]:
     """``report.md`` in ``out``, and with ``plots`` the plots that it shows, from the runs in the files ``paths``."""
     from sparsebert.bench import records
+    from sparsebert.bench.models.published import LINES
     from sparsebert.bench.report import page
     from sparsebert.bench.report import plots as drawing
 
     devices = page.devices([records.read(path) for path in paths])
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    drawn = [plot for device in devices for plot in page.plots_of(device)] if plots else []
+    drawn = [plot for device in devices for plot in page.plots_of(device, LINES)] if plots else []
     for done, plot in enumerate(drawn):
         progress(done, len(drawn), plot.name)
         files += drawing.save(plot, out)
     # Last, so that what it shows is there.
-    sections = [page.markdown(device, images="" if plots else None) for device in devices]
+    sections = [page.markdown(device, published=LINES, images="" if plots else None) for device in devices]
     (out / "report.md").write_text("\n".join(["# Measurements\n", *sections]), encoding="utf-8")
     return {"devices": [device.label for device in devices], "files": [out / "report.md", *files]}
 
 
 def render(result: dict[str, Any]) -> Rendered:
     """The short tables of ``ops`` or ``model``."""
+    from sparsebert.bench.models.published import LINES
     from sparsebert.bench.report import page, tables
 
     rows: list[dict[str, Any]] = result["rows"]
@@ -116,7 +118,7 @@ def render(result: dict[str, Any]) -> Rendered:
     if result["kind"] == _OPS:
         first = (f"Linear layers on {result['device']}, the fastest format of each", tables.fastest(rows))
     else:
-        first = (f"Models end to end on {result['device']}", tables.ladder(rows))
+        first = (f"Models end to end on {result['device']}", tables.ladder(rows, LINES))
     for title, shown in (first, ("Without a number", tables.troubles(rows))):
         if shown.lines:
             yield title

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +13,8 @@ import bench_rows
 from bench_rows import RECORD, linear, model, own, run_file
 from sparsebert.bench import records
 from sparsebert.bench.jobs import Job
+from sparsebert.bench.linear import ceilings, sweep
+from sparsebert.bench.models import ladder
 from sparsebert.bench.report import page
 from sparsebert.cli.app import app
 
@@ -33,39 +34,23 @@ def job(row: dict, *, fails: bool = False) -> Job:
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch) -> dict[str, tuple[tuple, dict]]:
-    """Puts stand-ins where the sweep, the ceilings and the ladder are; what each was called with."""
+    """Stands in for the lists of work; what each was asked for."""
     seen = {}
 
-    def give(name: str, jobs: list[Job]):
+    def stand_in(module: ModuleType, jobs: list[Job]) -> None:
         def listed(*arguments, **options):
-            seen[name] = (arguments, options)
+            seen[module.__name__.rpartition(".")[2]] = (arguments, options)
             if options.get("peers") == ["nothing"]:
                 raise ValueError("no peer matches nothing")
             return [] if options.get("rungs") == ["nothing"] else jobs
 
-        return listed
+        monkeypatch.setattr(module, "jobs", listed)
 
     roof = {"kind": "ceiling", "peer": "copy"}
     layers = [job(linear("cublas_fp32", 128, 10.0)), job(own(128, 5.0)), job(own(128, 1.0, format="int8"), fails=True)]
-    rungs = [job(model("eager_fp32", 4000.0)), job(model("2:4", 2000.0, format="2:4"))]
-    found = {
-        "linear.ceilings": [Job("copy", roof, lambda: {"gbps": 10.0, "median_us": 1.0, "mode": "cpu-wall"})],
-        "linear.sweep": layers,
-        "models.ladder": rungs,
-    }
-    for path, jobs in found.items():
-        parent, _, name = path.rpartition(".")
-        package = sys.modules.get(f"sparsebert.bench.{parent}")
-        if not getattr(package, "stand_in", False):
-            package = ModuleType(parent)
-            package.stand_in = True
-            monkeypatch.setitem(sys.modules, f"sparsebert.bench.{parent}", package)
-        module = ModuleType(path)
-        module.jobs = give(path, jobs)
-        if name == "ceilings":
-            module.of = lambda rows: {row["peer"]: row["gbps"] for row in rows}
-        setattr(package, name, module)
-        monkeypatch.setitem(sys.modules, f"sparsebert.bench.{path}", module)
+    stand_in(ceilings, [Job("copy", roof, lambda: {"gbps": 10.0, "median_us": 1.0, "mode": "cpu-wall"})])
+    stand_in(sweep, layers)
+    stand_in(ladder, [job(model("eager_fp32", 4000.0)), job(model("2:4", 2000.0, format="2:4"))])
     return seen
 
 
@@ -78,7 +63,7 @@ def test_ops_writes_a_run_and_prints_the_short_table(tmp_path, calls):
     options = ("--shapes", "base,minilm", "--tokens", "1,128", "--peers", "cublas_*,own*", "--budget", "60")
     result = run("ops", "--device", "cpu", "--out", file, *options)
     assert result.exit_code == 0, result.stderr
-    (device,), given = calls["linear.sweep"]
+    (device,), given = calls["sweep"]
     assert device.type == "cpu"
     assert given == {
         "models": ["base", "minilm"],
@@ -103,7 +88,7 @@ def test_model_writes_a_run_and_prints_the_ladder(tmp_path, calls):
     found = json.loads(result.stdout)
     assert found["on_gpu"] is False and found["device"].startswith("CPU: ") and found["file"] == str(file)
     assert [row["peer"] for row in found["rows"]] == ["eager_fp32", "2:4"]
-    _, given = calls["models.ladder"]
+    _, given = calls["ladder"]
     assert given == {
         "models": ["bert-base", "bert-large"],
         "batches": [1, 8],
@@ -151,7 +136,6 @@ def test_what_was_measured_before_ctrl_c_stays(tmp_path, monkeypatch):
     def stop() -> dict:
         raise KeyboardInterrupt
 
-    sweep = sys.modules["sparsebert.bench.linear.sweep"]
     listed = [job(linear("cublas_fp32", 128, 10.0)), Job("x", {"kind": "linear", "peer": "x"}, stop)]
     monkeypatch.setattr(sweep, "jobs", lambda *_, **__: listed)
     file = tmp_path / "run.jsonl"

@@ -191,6 +191,8 @@ def never_slower(rows: Iterable[Row]) -> str:
     without = [row for row in checked if row.get("status") not in ("ok", "failed")]
     if not checked:
         return ""
+    if len(without) == len(checked):
+        return f"None of {len(checked)} layers of tuned plans could be checked."
     count = len(checked) - len(without)
     layers = f"{count} layer{'' if count == 1 else 's'} of tuned plans"
     more = f" {len(without)} could not be measured." if without else ""
