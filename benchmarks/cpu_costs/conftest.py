@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from sparsebert.bench.environment import environment
 from sparsebert.bench.timing import measure_together
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
+TABLE = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[TABLE] = [], []
     torch.set_num_threads(config.getoption("--threads", default=1))
 
 
@@ -29,56 +30,66 @@ def pytest_configure(config: pytest.Config) -> None:
 def in_turns(benchmark: Any) -> Callable[..., dict[str, float]]:
     """``in_turns(calls, budget_s)``: the median microseconds of each call, A B A B ..., in one run."""
 
-    def measure(calls: Mapping[str, Callable[[], object]], budget_s: float) -> dict[str, float]:
-        # Under --benchmark-disable the calls only have to run.
-        once = {"budget_s": 0.0, "warmup": 1, "min_repeats": 1}
-        timings = measure_together(calls, device="cpu", **({"budget_s": budget_s} if benchmark.enabled else once))
+    def measure(
+        calls: Mapping[str, Callable[[], object]], budget_s: float, warmup: int = 3, min_repeats: int = 5
+    ) -> dict[str, float]:
+        if not benchmark.enabled:
+            # The calls only have to run.
+            budget_s, warmup, min_repeats = 0.0, 1, 1
+        timings = measure_together(calls, device="cpu", budget_s=budget_s, warmup=warmup, min_repeats=min_repeats)
         return {name: timing.median_us for name, timing in timings.items()}
 
     return measure
 
 
+class Ratio(NamedTuple):
+    """A number that follows from times of one run, and its bound."""
+
+    name: str
+    value: float
+    at_most: float | None = None
+    at_least: float | None = None
+    unit: str = "x"
+
+    @property
+    def met(self) -> bool:
+        return (self.at_most is None or self.value <= self.at_most) and (
+            self.at_least is None or self.value >= self.at_least
+        )
+
+    def __str__(self) -> str:
+        bound = f"at most {self.at_most:g}" if self.at_least is None else f"at least {self.at_least:g}"
+        return f"{'met' if self.met else 'MISSED':6}  {self.value:8.2f} {self.unit:2}  {bound:11}  {self.name}"
+
+
 @pytest.fixture
 def bounded(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``bounded(name, us, value, at_most=..., at_least=..., unit=...)``: fails where ``value``, which follows from the
-    times ``us`` of one run, is out of bounds; either way it is kept, in ``extra_info`` and for the table."""
+    """``bounded(us, ratio, ...)``: keeps the times ``us`` of a run and the ratios that follow from them, each the
+    arguments of ``Ratio``, in ``extra_info`` and for the table; fails where one misses its bound."""
 
-    def check(
-        name: str,
-        us: Mapping[str, float],
-        value: float,
-        *,
-        at_most: float | None = None,
-        at_least: float | None = None,
-        unit: str = "x",
-        **more: Any,
-    ) -> None:
+    def check(us: Mapping[str, float], *ratios: dict[str, Any]) -> None:
         if not benchmark.enabled:
             return
-        met = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
-        bound = f"at most {at_most:g}" if at_least is None else f"at least {at_least:g}"
-        row = {"ratio": name, "value": round(value, 2), "unit": unit, "bound": bound, "met": met, **more}
-        row["us"] = {call: round(time, 2) for call, time in us.items()}
+        found = [Ratio(**ratio) for ratio in ratios]
+        rows = [
+            {**ratio, "value": round(ratio["value"], 3), "met": r.met} for ratio, r in zip(ratios, found, strict=True)
+        ]
+        row = {"ratios": rows, "us": {call: round(time, 2) for call, time in us.items()}}
         benchmark.extra_info.update(row)
         request.config.stash[ROWS].append(row)
-        if not met:
-            pytest.fail(_line(row), pytrace=False)
+        request.config.stash[TABLE].extend(map(str, found))
+        if missed := [str(ratio) for ratio in found if not ratio.met]:
+            pytest.fail("\n".join(missed), pytrace=False)
 
     return check
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    if rows:
+    if table := config.stash[TABLE]:
         terminalreporter.section("ratios")
-        for row in rows:
-            terminalreporter.write_line(_line(row))
+        for line in table:
+            terminalreporter.write_line(line)
     if file := config.getoption("--ratios", default=None):
         with open(file, "w") as lines:
-            for row in ({"environment": environment()}, *rows):
+            for row in ({"environment": environment()}, *config.stash[ROWS]):
                 lines.write(json.dumps(row) + "\n")
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    verdict = "met" if row["met"] else "MISSED"
-    return f"{verdict:6}  {row['value']:8.2f} {row['unit']:2}  {row['bound']:12}  {row['ratio']}"

@@ -34,7 +34,7 @@ FEATURES = 64
 BOUND_US = 15.0
 
 SHAPES = [(384, 384), (1536, 384), (384, 1536), (768, 768), (3072, 768), (768, 3072)]
-TOKENS = [1, 16, 128, 512]
+TOKENS = [1, 16, 128]
 
 
 def module_of(name: str) -> PackedLinear:
@@ -80,10 +80,11 @@ def test_overhead_of_a_call(name, layout, benchmark, in_turns, bounded):
     module = module_of(name).prepare_(layout)
     x = torch.randn(1, FEATURES)
     bare = bare_calls(module, x)
-    us = in_turns({"module": partial(module, x), "nn.Linear": partial(nn.Linear(FEATURES, FEATURES), x), **bare}, 1.0)
+    us = in_turns({"module": partial(module, x), "nn.Linear": partial(nn.Linear(FEATURES, FEATURES), x), **bare}, 1.5)
     benchmark(module, x)
     above = us["module"] - min(us[call] for call in bare)
-    bounded(f"{name}, {layout}: a call above {' and '.join(bare)}", us, above, at_most=BOUND_US, unit="us")
+    text = f"{name}, {layout}: a call above {' and '.join(bare)}"
+    bounded(us, {"name": text, "value": above, "at_most": BOUND_US, "unit": "us"})
 
 
 @pytest.mark.benchmark(group="2:4 beside nn.Linear", max_time=0.1)
@@ -95,7 +96,7 @@ def test_overhead_on_real_sizes(out_features, in_features, tokens, benchmark, in
     linear.weight.copy_(nm.project(linear.weight, 2, 4))
     packed = NMLinear.from_linear(linear, sb.NMConfig(2, 4)).prepare_()
     x = torch.randn(tokens, in_features)
-    us = in_turns({"packed": partial(packed, x), "linear": partial(linear, x)}, 0.8)
+    us = in_turns({"packed": partial(packed, x), "linear": partial(linear, x)}, 1.5)
     benchmark(packed, x)
     name = f"NMLinear 2:4, {out_features} x {in_features}, {tokens} tokens: over 1.1 nn.Linear + {BOUND_US:g} us"
-    bounded(name, us, us["packed"] / (1.1 * us["linear"] + BOUND_US), at_most=1)
+    bounded(us, {"name": name, "value": us["packed"] / (1.1 * us["linear"] + BOUND_US), "at_most": 1})

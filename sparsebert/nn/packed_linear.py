@@ -295,10 +295,10 @@ class PackedLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)`` in the module's dtype."""
         activation = self.activation
-        # Found at once, where an attribute of the module is first looked for elsewhere. A replica of DataParallel has
+        # Found at once, where self.bias and self.columns are looked for elsewhere first. A replica of DataParallel has
         # no parameters, but attributes in their place.
         bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
-        columns = None if self.compact_input else self.columns
+        columns = None if self.compact_input else self._buffers.get("columns")
         if columns is not None and x.shape[-1:] != (self.in_features,):
             # Where a kernel takes the columns, nothing else would see that they are not there.
             raise ValueError(f"{self.spec.op}: x has shape {tuple(x.shape)}, expected (..., {self.in_features})")
