@@ -9,6 +9,7 @@ from sparsebert.configs import GROUP_SIZES
 from sparsebert.formats import nm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+INF, NAN = float("inf"), float("nan")
 PATTERNS = [(n, m) for m in GROUP_SIZES for n in range(1, m)]
 
 
@@ -116,6 +117,46 @@ def test_ties_keep_the_lower_position():
     assert nm.magnitude_mask(weight, 2, 4).tolist() == [[True, True, False, False]]
 
 
+@st.composite
+def tied_weights(draw):
+    """Few different numbers, so that most groups have ties: zeros of both signs, subnormals, infinities, NaN."""
+    n, m = draw(st.sampled_from(PATTERNS))
+    dtype = draw(st.sampled_from(DTYPES))
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    numbers = torch.tensor([0.0, -0.0, tiny, -tiny, 1.0, -1.0, 1.5, INF, -INF, NAN], dtype=torch.float64)
+    places = st.integers(0, len(numbers) - 1)
+    rows, groups = draw(st.integers(0, 4)), draw(st.integers(0, 3))
+    chosen = draw(st.lists(places, min_size=rows * groups * m, max_size=rows * groups * m))
+    return numbers[torch.tensor(chosen, dtype=torch.int64)].to(dtype).view(rows, groups * m), n, m
+
+
+@settings(max_examples=300, deadline=None)
+@given(tied_weights())
+def test_masks_are_those_of_a_stable_sort(case):
+    weight, n, m = case
+    groups = weight.abs().view(len(weight), weight.shape[1] // m, m)
+    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., :n]
+    expected = torch.zeros(groups.shape, dtype=torch.bool).scatter_(-1, order, True).view(weight.shape)
+    assert torch.equal(nm.magnitude_mask(weight, n, m), expected)
+    projected = nm.project(weight, n, m)
+    assert torch.equal(projected.isnan(), expected & weight.isnan())
+    assert torch.equal(projected.nan_to_num(), torch.where(expected, weight, 0.0).nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), PATTERNS, ids=lambda x: str(x))
+def test_masks_of_a_transposed_weight_are_those_of_its_copy(n, m, dtype):
+    weight = torch.randn(3 * m, 5).to(dtype).t()
+    assert torch.equal(nm.magnitude_mask(weight, n, m), nm.magnitude_mask(weight.contiguous(), n, m))
+
+
+def test_masks_take_no_part_in_gradients():
+    weight = torch.tensor([[1.0, -4.0, 3.0, 2.0]], requires_grad=True)
+    assert not nm.magnitude_mask(weight, 2, 4).requires_grad
+    nm.project(weight, 2, 4).sum().backward()
+    assert weight.grad.tolist() == [[0.0, 1.0, 1.0, 0.0]]
+
+
 def test_projection_is_the_nearest():
     weight = torch.randn(3, 8, dtype=torch.float64)
     best = nm.project(weight, 2, 4)
@@ -123,6 +164,14 @@ def test_projection_is_the_nearest():
         mask = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(seed)).argsort(-1) < 2
         other = torch.where(mask.reshape(3, 8), weight, 0.0)
         assert (weight - best).norm() <= (weight - other).norm()
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS, ids=lambda x: str(x))
+def test_meta_masks(n, m):
+    weight = torch.empty(6, 3 * m, device="meta", dtype=torch.float16)
+    mask, projected = nm.magnitude_mask(weight, n, m), nm.project(weight, n, m)
+    assert (mask.shape, mask.dtype, mask.is_meta) == (weight.shape, torch.bool, True)
+    assert (projected.shape, projected.dtype, projected.is_meta) == (weight.shape, torch.float16, True)
 
 
 def test_meta_tensors_give_shapes():

@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sparsebert.formats.common import largest_in_groups
 from sparsebert.methods.maths import schedules, scores, thresholds
 from sparsebert.methods.maths.schedules import Cubic, Linear, Window, kept_in_group
 
@@ -127,13 +128,13 @@ def test_kth_largest_refuses_what_is_not_there(k):
 
 def test_largest_in_groups():
     row = torch.tensor([[1.0, 4.0, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0], [5.0, 5.0, 5.0, 1.0, NAN, 9.0, 1.0, 2.0]])
-    assert [places(r) for r in thresholds.largest_in_groups(row, 2, 4)] == [[1, 3, 4, 5], [0, 1, 4, 5]]
-    assert [places(r) for r in thresholds.largest_in_groups(row, 1, 8)] == [[1], [4]]
-    assert thresholds.largest_in_groups(row, 4, 4).all() and not thresholds.largest_in_groups(row, 0, 4).any()
+    assert [places(r) for r in largest_in_groups(row, 2, 4)] == [[1, 3, 4, 5], [0, 1, 4, 5]]
+    assert [places(r) for r in largest_in_groups(row, 1, 8)] == [[1], [4]]
+    assert largest_in_groups(row, 4, 4).all() and not largest_in_groups(row, 0, 4).any()
     with pytest.raises(ValueError, match="8 entries a row, expected a multiple of 3"):
-        thresholds.largest_in_groups(row, 2, 3)
+        largest_in_groups(row, 2, 3)
     with pytest.raises(ValueError, match="n is 5, expected 0 to 4"):
-        thresholds.largest_in_groups(row, 5, 4)
+        largest_in_groups(row, 5, 4)
 
 
 # Schedules

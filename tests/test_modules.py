@@ -590,6 +590,20 @@ def test_deepcopy_and_share_memory_keep_the_layout(kind, layout):
     assert module.layout == layout and torch.equal(module(x), expected)
 
 
+@pytest.mark.parametrize(("kind", "layout"), LEAD_PAIRS)
+def test_a_replica_of_data_parallel_computes_with_its_own_tensors(kind, layout):
+    """What replicate does on each GPU: buffers in their places, parameters as attributes."""
+    module = packed(kind, layout)
+    x = torch.randn(3, in_features_of(kind))
+    expected = module(x) + 1
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = child._replicate_for_data_parallel()
+    replica.bias = module.bias.detach() + 1
+    close(replica(x), expected)
+    assert not replica._parameters
+
+
 def test_unknown_layouts_are_refused():
     module = packed("nm-2:4")
     with pytest.raises(ValueError, match="layout is 'csr', expected one of neutral, dense"):

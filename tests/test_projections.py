@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sparsebert.configs import BitmapConfig, NMConfig
 from sparsebert.formats import int8, nm, one_shot
+from sparsebert.formats.common import largest_in_groups
 from sparsebert.methods.maths.projections import Block, Dictionary, Int8Grid, Largest, Projection, Scaled, on_grid
-from sparsebert.methods.maths.thresholds import largest_in_groups
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -38,6 +38,7 @@ from sparsebert.formats.common import (
     check_tensor,
     fill_up,
     largest,
+    largest_in_groups,
     pack_bits,
     refuse_minus_128,
     refuse_non_finite,
@@ -73,10 +74,8 @@ def packed_shapes(n: int, m: int, out_features: int, in_features: int) -> tuple[
 
 def magnitude_mask(weight: Tensor, n: int, m: int) -> Tensor:
     """``True`` at the n largest |w| of every group of m; ties go to the lower position, so masks are reproducible."""
-    groups = _grouped(weight, n, m, "weight", DTYPES).abs()
-    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., :n]
-    mask = torch.zeros(groups.shape, dtype=torch.bool, device=weight.device)
-    return mask.scatter_(-1, order, True).view(weight.shape)
+    groups = _grouped(weight, n, m, "weight", DTYPES)
+    return largest_in_groups(groups.abs().flatten(1), n, m)
 
 
 def project(weight: Tensor, n: int, m: int) -> Tensor:

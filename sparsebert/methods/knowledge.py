@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsebert.configs import NMConfig
 from sparsebert.formats import bitmap
+from sparsebert.formats.common import largest_in_groups
 from sparsebert.methods.base import Method, Run
 from sparsebert.methods.capture import Capture
 from sparsebert.methods.masked import MaskedRun, check_maskable, kept_fraction
@@ -179,7 +180,7 @@ class KnowledgePruningRun(MaskedRun):
             # The nearest count: rounded up, the last of the n + 1 would go with the last step, and nothing be left of
             # the training to make up for it.
             kept = kept_in_group(remaining - 0.5 / config.m, config.n, config.m)
-            return thresholds.largest_in_groups(score, kept, config.m)
+            return largest_in_groups(score, kept, config.m)
         least = bitmap.keep_count(config.density, *weight.shape)  # type: ignore[union-attr]
         return thresholds.largest(score, max(least, int(weight.numel() * remaining)))
 

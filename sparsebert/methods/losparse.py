@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsebert.configs import BitmapConfig, Config, LowRankSparseConfig, NMConfig, RowsConfig, SparseConfig
 from sparsebert.formats import bitmap, low_rank, one_shot, rows
-from sparsebert.formats.common import wide
+from sparsebert.formats.common import largest_in_groups, wide
 from sparsebert.methods.base import Kind, Method, Run
 from sparsebert.methods.factored import FactoredRun
 from sparsebert.methods.masked import kept_fraction
@@ -258,7 +258,7 @@ class LoSparseRun(FactoredRun):
         for path in self.configs:
             if isinstance(pattern := self._sparse(path), NMConfig):
                 kept = schedules.kept_in_group(remaining[path], pattern.n, pattern.m)
-                masks[path] = thresholds.largest_in_groups(self._score(path), kept, pattern.m)
+                masks[path] = largest_in_groups(self._score(path), kept, pattern.m)
         for kind in (RowsConfig, BitmapConfig):
             if paths := [path for path in self.configs if isinstance(self._sparse(path), kind)]:
                 masks |= self._largest({path: self._score(path) for path in paths}, remaining)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from sparsebert.configs import BitmapConfig
 from sparsebert.formats.bitmap import keep_count
+from sparsebert.formats.common import largest_in_groups
 from sparsebert.methods.base import Kind, Method, Run
 from sparsebert.methods.masked import MaskedRun, check_maskable, kept_fraction
 from sparsebert.methods.maths.adam import adam_step_
 from sparsebert.methods.maths.schedules import Cubic, kept_in_group
-from sparsebert.methods.maths.thresholds import largest, largest_in_groups
+from sparsebert.methods.maths.thresholds import largest
 from sparsebert.methods.straight_through import hide_, reveal_
 from sparsebert.plan import CompressionPlan, Selection
 

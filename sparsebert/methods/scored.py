@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsebert.configs import BitmapConfig, NMConfig
 from sparsebert.formats.bitmap import keep_count
+from sparsebert.formats.common import largest_in_groups
 from sparsebert.methods.base import Run
 from sparsebert.methods.masked import MaskedRun, check_maskable
 from sparsebert.methods.maths import schedules, thresholds
@@ -79,7 +80,7 @@ class Budget:
         for path, config in self.groups.items():
             n, m = config.n, config.m
             kept = schedules.kept_in_group(n / m + (1 - n / m) * left, n, m)
-            found[path] = thresholds.largest_in_groups(scores[path], kept, m)
+            found[path] = largest_in_groups(scores[path], kept, m)
         # In the order of the layers, whatever their configs are.
         return {path: found[path] for path in scores}
 

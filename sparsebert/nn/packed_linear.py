@@ -75,10 +75,9 @@ class PackedLinear(nn.Module, ABC):
         self.in_features = spec.in_features if compact_input else self.dense_in_features
         self.out_features = spec.out_features
         self.activation = activation
-        self.layout = NEUTRAL
+        self._set_layout(NEUTRAL)
         self.requested_layout = "auto"
         self._dtype = dtype or torch.get_default_dtype()
-        self._names = self._buffer_names(NEUTRAL)
         for name, held in layouts.tensors(spec, NEUTRAL).items():
             self._hold(
                 name, torch.empty(held.shape or (), dtype=_dtype_of(held, self._dtype), device=device), persistent=True
@@ -296,7 +295,10 @@ class PackedLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)`` in the module's dtype."""
         activation = self.activation
-        columns = None if self.compact_input else self.columns
+        # Found at once, where self.bias and self.columns are looked for elsewhere first. A replica of DataParallel has
+        # no parameters, but attributes in their place.
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        columns = None if self.compact_input else self._buffers.get("columns")
         if columns is not None and x.shape[-1:] != (self.in_features,):
             # Where a kernel takes the columns, nothing else would see that they are not there.
             raise ValueError(f"{self.spec.op}: x has shape {tuple(x.shape)}, expected (..., {self.in_features})")
@@ -305,13 +307,13 @@ class PackedLinear(nn.Module, ABC):
             weight = self._tensor(self._names[0])
             if not weight.requires_grad:
                 x = x if columns is None else x.index_select(-1, columns)
-                return activate(F.linear(x, weight, self.bias), activation)
+                return activate(F.linear(x, weight, bias), activation)
         # The derivative of an activation needs its input, which the fused op does not keep.
         fused = activation == "none" or not torch.is_grad_enabled()
         y = getattr(torch.ops.sparsebert, self.spec.op)(
             x,
             self._weight(),
-            self.bias,
+            bias,
             columns,
             layout=self.layout,
             activation=activation if fused else "none",
@@ -397,17 +399,22 @@ class PackedLinear(nn.Module, ABC):
     def _set_spec(self, spec: Spec) -> None:
         self.spec, self._sizes = spec, spec._asdict()
 
-    def _weight(self) -> list[Tensor]:
-        return [self._tensor(name) for name in self._names]
-
-    def _buffer_names(self, layout: str) -> list[str]:
-        """Buffers a layout lies in: the neutral ones under their names in the file, others under names of their own."""
+    def _set_layout(self, layout: str) -> None:
+        """Names the buffers a layout lies in: the neutral ones as in the file, others with names of their own."""
         names = layouts.tensors(self.spec, layout)
-        return list(names) if layout == NEUTRAL else [f"{layout}_{name.replace('.', '_')}" for name in names]
+        self.layout = layout
+        self._names = list(names) if layout == NEUTRAL else [f"{layout}_{name.replace('.', '_')}" for name in names]
+        self._places = [_place(name) for name in self._names]
+
+    def _weight(self) -> list[Tensor]:
+        # Every call of the layer comes here: no function for each tensor, no name taken apart.
+        own, parts = self._buffers, self._modules
+        found = [(parts[part]._buffers if part else own)[tail] for part, tail in self._places]  # type: ignore[union-attr]
+        return found  # type: ignore[return-value]
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
-        """The module that the buffer ``name`` lies in, and its name there: ``sparse.rows`` lies in the child sparse."""
-        part, _, tail = name.rpartition(".")
+        """The module that the buffer ``name`` lies in, and its name there."""
+        part, tail = _place(name)
         return (self._modules[part] if part else self), tail  # type: ignore[return-value]
 
     def _tensor(self, name: str) -> Tensor:
@@ -429,7 +436,7 @@ class PackedLinear(nn.Module, ABC):
         for name in self._names:
             owner, tail = self._owner(name)
             delattr(owner, tail)
-        self.layout, self._names = layout, self._buffer_names(layout)
+        self._set_layout(layout)
         for name, tensor in zip(self._names, tensors, strict=True):
             self._hold(name, tensor, persistent=layout == NEUTRAL)
 
@@ -526,6 +533,12 @@ class PackedLinear(nn.Module, ABC):
             self._to_neutral()
             self._hold_neutral(spec, [torch.empty_like(tensor, device=device) for tensor in tensors])
         return tensors
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The child that a buffer lies in, empty where it is none, and its name there: ``sparse.rows`` in ``sparse``."""
+    part, _, tail = name.rpartition(".")
+    return part, tail
 
 
 def _dtype_of(held: Held, compute: torch.dtype) -> torch.dtype:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from sparsebert.configs import BitmapConfig, NMConfig
 from sparsebert.formats import int8, one_shot
-from sparsebert.formats.common import wide
-from sparsebert.methods.maths.thresholds import largest_in_groups
+from sparsebert.formats.common import largest_in_groups, wide
 
 
 class Projection(ABC):

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-# Groups of up to so many entries are ranked by comparing all pairs.
-_MOST_PAIRED = 4
 # One entry in so many is looked at to guess where the k-th largest lies, where there are at least _SMALL entries.
 _STRIDE = 127
 _SMALL = 1 << 18
@@ -28,20 +26,6 @@ def largest_overall(scores: Mapping[str, Tensor], count: int) -> dict[str, Tenso
     """``True`` at the ``count`` largest entries of all tensors together; ties go to the earlier tensor."""
     masks = _largest([part.flatten() for part in scores.values()], count)
     return {name: mask.view(part.shape) for (name, part), mask in zip(scores.items(), masks, strict=True)}
-
-
-def largest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
-    """``True`` at the ``n`` largest of every ``m`` consecutive entries of the last dimension, which ``m`` divides."""
-    if scores.shape[-1] % m:
-        raise ValueError(f"largest_in_groups: {scores.shape[-1]} entries a row, expected a multiple of {m}")
-    if not 0 <= n <= m:
-        raise ValueError(f"largest_in_groups: n is {n}, expected 0 to {m}")
-    groups = scores.unflatten(-1, (-1, m))
-    if m <= _MOST_PAIRED and scores.is_floating_point():
-        return _first_of_pairs(groups, n).view(scores.shape)
-    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., :n]
-    mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device)
-    return mask.scatter_(-1, order, True).view(scores.shape)
 
 
 def largest_rows_overall(scores: Mapping[str, Tensor], lengths: Mapping[str, int], count: int) -> dict[str, Tensor]:
@@ -100,19 +84,6 @@ def _kth_of(flat: Tensor, k: int) -> Tensor:
         return flat.kthvalue(len(flat) + 1 - k).values
     # On CUDA kthvalue works with one block, and is refused under use_deterministic_algorithms.
     return torch.sort(flat).values[-k]
-
-
-def _first_of_pairs(groups: Tensor, n: int) -> Tensor:
-    """``largest_in_groups`` by how many others beat each entry: a fifth of the time of a sort at m = 4."""
-    # One block of memory for each place in the group. NaN is as large as anything.
-    entries = groups.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).movedim(-1, 0).contiguous()
-    beaten = torch.zeros(entries.shape, dtype=torch.uint8, device=groups.device)
-    for first in range(len(entries)):
-        for second in range(first + 1, len(entries)):
-            wins = entries[first] >= entries[second]
-            beaten[second] += wins
-            beaten[first] += wins.logical_not_()
-    return (beaten < n).movedim(0, -1).contiguous()
 
 
 def _largest(parts: list[Tensor], count: int) -> list[Tensor]:
