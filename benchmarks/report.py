@@ -23,7 +23,6 @@ if str(ROOT) not in sys.path:
 from sparsebert.bench import records  # noqa: E402
 from sparsebert.bench.models.published import LINES  # noqa: E402
 from sparsebert.bench.report import choices, page, plots  # noqa: E402
-from sparsebert.bench.report.tables import Published  # noqa: E402
 from sparsebert.ops import measurements  # noqa: E402
 
 DATA = "benchmarks/data"
@@ -59,16 +58,16 @@ def read_runs(data: Path) -> list[records.Run]:
     return runs
 
 
-def make(root: Path, published: Sequence[Published] = LINES) -> Made:
+def make(root: Path) -> Made:
     runs = read_runs(root / DATA)
     devices = [device for device in page.devices(runs) if device.on_gpu]
     texts, drawn, sections = {}, [], []
     for device in devices:
-        whole = page.markdown(device, published=published, level=1, images="")
+        whole = page.markdown(device, published=LINES, level=1, images="")
         texts[root / PAGES / f"{device.slug}.md"] = whole
-        brief = page.markdown(device, published=published, level=3, images=f"{PAGES}/", full=False)
+        brief = page.markdown(device, published=LINES, level=3, images=f"{PAGES}/", full=False)
         sections.append(f"{brief}\n[All tables of this GPU]({PAGES}/{device.slug}.md).\n")
-        drawn += page.plots_of(device, published)
+        drawn += page.plots_of(device, LINES)
     section = "\n".join([FIGURES + "\n", *sections]) if sections else NO_FIGURES + "\n"
     readme = root / "README.md"
     texts[readme] = with_section(readme.read_text(encoding="utf-8"), section)
@@ -95,9 +94,9 @@ def strays(root: Path, made: Made) -> list[Path]:
     return sorted(set((root / PAGES).glob("*.*")) - set(files_of(root, made)))
 
 
-def check(root: Path, published: Sequence[Published] = LINES) -> list[str]:
+def check(root: Path) -> list[str]:
     """What is not as the data give it, a line each. Plots have to be there; how they look is not compared."""
-    made = make(root, published)
+    made = make(root)
     faults = [f"{file}: is not there" for file in files_of(root, made) if not file.exists()]
     for file, text in made.texts.items():
         if file.exists() and file.read_text(encoding="utf-8") != text:
@@ -105,8 +104,8 @@ def check(root: Path, published: Sequence[Published] = LINES) -> list[str]:
     return [*faults, *(f"{file}: comes from no run" for file in strays(root, made))]
 
 
-def write(root: Path, published: Sequence[Published] = LINES) -> Made:
-    made = make(root, published)
+def write(root: Path) -> Made:
+    made = make(root)
     for file in strays(root, made):
         file.unlink()
     for plot in made.plots:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparsebert.bench.models.published import PublishedLine
 from sparsebert.bench.records import Run, place_name
 from sparsebert.bench.report import compare, plots, tables
 
@@ -66,14 +67,14 @@ def devices(runs: Iterable[Run]) -> list[Device]:
     return sorted(every, key=lambda device: (not device.on_gpu, device.label))
 
 
-def plots_of(device: Device, published: Iterable[tables.Published] = ()) -> list[plots.Plot]:
+def plots_of(device: Device, published: Iterable[PublishedLine] = ()) -> list[plots.Plot]:
     return plots.of(device.slug, device.label, device.rows(), published)
 
 
 def markdown(
     device: Device,
     *,
-    published: Sequence[tables.Published] = (),
+    published: Sequence[PublishedLine] = (),
     level: int = 2,
     images: str | None = None,
     full: bool = True,

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsebert.bench.models.published import PublishedLine
 from sparsebert.bench.report import compare, tables
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Plot:
     draw: Callable[[], Figure]
 
 
-def of(slug: str, label: str, rows: Sequence[Row], published: Iterable[tables.Published] = ()) -> list[Plot]:
+def of(slug: str, label: str, rows: Sequence[Row], published: Iterable[PublishedLine] = ()) -> list[Plot]:
     """The plots that ``rows``, all of the device ``label``, have numbers for. Needs no matplotlib."""
     points = compare.points(rows)
     rungs = {key: found for key, found in tables.by_input(rows).items() if any(map(compare.timed, found))}
@@ -167,9 +168,7 @@ def roofline(rated: dict[str, list[Row]], bandwidth: float, peaks: dict[str, flo
     return figure
 
 
-def ladder(
-    rungs: dict[tuple[str, int, int, str], list[Row]], published: Sequence[tables.Published], title: str
-) -> Figure:
+def ladder(rungs: dict[tuple[str, int, int, str], list[Row]], published: Sequence[PublishedLine], title: str) -> Figure:
     """Milliseconds by rung, a panel an input; what others published is hatched and names its hardware."""
     most = max(len(rows) for rows in rungs.values()) + len(published)
     figure, panels = _panels(len(rungs), 4.5, 1 + 0.24 * most, title)

@@ -4,36 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+from sparsebert.bench.models.published import PublishedLine
 from sparsebert.bench.report import compare
 
 Row = dict[str, Any]
 NOTHING = "-"
-
-
-class Published(Protocol):
-    """A figure that somebody else published, with where it is from: ``milliseconds`` of a batch or ``samples_per_s``.
-    What the source does not say is None."""
-
-    @property
-    def label(self) -> str: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def hardware(self) -> str: ...
-    @property
-    def precision(self) -> str | None: ...
-    @property
-    def batch(self) -> int | None: ...
-    @property
-    def length(self) -> int | None: ...
-    @property
-    def milliseconds(self) -> float | None: ...
-    @property
-    def samples_per_s(self) -> float | None: ...
-    @property
-    def source(self) -> str: ...
 
 
 class Table(NamedTuple):
@@ -128,7 +105,7 @@ def roofline(rows: Iterable[Row]) -> Table:
     return Table(("peer", "group", "measured", "lowest", "median", "highest", "highest of"), lines)
 
 
-def ladder(rows: Iterable[Row], published: Iterable[Published] = ()) -> Table:
+def ladder(rows: Iterable[Row], published: Iterable[PublishedLine] = ()) -> Table:
     """Models end to end, rung by rung, and how many times as fast each is as the best dense rung at the same input.
     Published figures stand below those of their model, with hardware and source and without a ratio: they are of other
     machines."""
@@ -158,7 +135,7 @@ def by_input(rows: Iterable[Row]) -> dict[tuple[str, int, int, str], list[Row]]:
     return dict(sorted(found.items()))
 
 
-def matching(published: Iterable[Published], model: str, batch: int, length: int) -> list[Published]:
+def matching(published: Iterable[PublishedLine], model: str, batch: int, length: int) -> list[PublishedLine]:
     return [line for line in published if (line.model, line.batch, line.length) == (model, batch, length)]
 
 
@@ -229,13 +206,13 @@ def _rung(row: Row, dense: Row | None) -> tuple[str, ...]:
     return (*ms, *rates, *sizes, "best dense" if row is dense else over)
 
 
-def published_name(line: Published) -> str:
+def published_name(line: PublishedLine) -> str:
     """Marked as published, with what ran and on what."""
     what = ", ".join(filter(None, (line.label.removeprefix("published: "), line.precision)))
     return f"published: {what}, on {line.hardware}"
 
 
-def _published(line: Published) -> tuple[str, ...]:
+def _published(line: PublishedLine) -> tuple[str, ...]:
     where = f"{line.batch} x {line.length}" if line.batch and line.length else "not said"
     name = f"{published_name(line)}, not measured here: {line.source}"
     times = (number(line.milliseconds), NOTHING, NOTHING, number(line.samples_per_s))
