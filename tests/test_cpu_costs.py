@@ -25,5 +25,3 @@ def test_it_is_collected_and_a_small_one_runs(root, tmp_path):
     # Nothing was measured, so nothing is judged.
     (record,) = map(json.loads, file.read_text().splitlines())
     assert record["environment"]["torch"]
-
-
