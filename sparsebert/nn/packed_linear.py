@@ -409,8 +409,8 @@ class PackedLinear(nn.Module, ABC):
     def _weight(self) -> list[Tensor]:
         # Every call of the layer comes here: no function for each tensor, no name taken apart.
         own, parts = self._buffers, self._modules
-        found = [(parts[part]._buffers if part else own)[tail] for part, tail in self._places]  # type: ignore[union-attr]
-        return found  # type: ignore[return-value]
+        held: list[Any] = [(parts[part]._buffers if part else own)[tail] for part, tail in self._places]  # type: ignore
+        return held
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         """The module that the buffer ``name`` lies in, and its name there."""
