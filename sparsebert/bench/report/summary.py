@@ -6,33 +6,64 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsebert.bench import records
-from sparsebert.bench.report import page, tables
+from sparsebert.bench.report import compare, page, tables
 from sparsebert.bench.report.tables import Table, number
 
 Row = dict[str, Any]
 
 _NAMES = ("commit", "date", "dirty", "torch", "triton", "transformers", "cuda", "driver", "cusparselt", "python")
+# Of the op sweep's tables; the rows have all counts.
+SHOWN = (32, 128, 512, 2048, 8192)
+# What csrc/nm24 was written for: title -> activation, what it is held against, the kernel that does the same.
+_ROWS, _24 = "int8+2:4_rows/mma_sp/cuda/bf16", "2:4/mma_sp/cuda/fp16"
+AGAINST = {
+    "fp16 over cuSPARSELt (target 0.9x)": ("none", "cusparselt_fp16", _24),
+    "int8 + GELU over cuBLAS bf16 + GELU (1.5x)": ("gelu", "cublas_bf16", _ROWS),
+    "over cuSPARSELt int8 + scales + GELU (1.2x)": ("gelu", "cusparselt_int8_scaled", _ROWS),
+    "with rank 32, x vᵀ given (0.95x)": ("none", _24, "tail32+2:4/mma_sp/cuda/fp16"),
+}
+AGAINST_NOTE = "The other's time over the kernel's: above 1 the kernel is faster; the last is what a tail leaves."
 PEAKS_NOTE = "One instruction or transfer alone. 2:4 counts the dense product it stands for; of a chain, the gap alone."
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Markdown: where it ran, what each step came to, ceilings, peaks, linears, models, and what did not work and why.
+    """Markdown: where it ran, what each step came to, whether a tuned layer is slower than dense, ceilings and peaks,
+    the 2:4 kernel beside what it is held against, linears at a few token counts, models, what did not work and why.
 
     ``ValueError`` where times of a CPU come with the record of a GPU.
     """
+    shown = [row for row in rows if row["kind"] != "linear" or row["dry"] or row["tokens"] in SHOWN]
     sections = [
         _head(rows),
         _section("Steps", "", _steps(rows)),
+        tables.never_slower(rows),
         _section("Ceilings", "", tables.ceilings(rows)),
         peaks(rows),
-        _section("Linear layers", page.OPS_NOTE, tables.ops(rows)),
+        _section("The CUDA 2:4 kernel", AGAINST_NOTE, _against(rows)),
         _section("Break-even", page.BREAK_EVEN_NOTE, tables.break_even(rows)),
+        _section("Linear layers", page.OPS_NOTE, tables.ops(shown)),
         _section("Roofline", page.ROOFLINE_NOTE, tables.roofline(rows)),
         _section("Models end to end", page.LADDER_NOTE, tables.ladder(rows)),
-        tables.never_slower(rows),
         _section("Refused, wrong or crashed", "", tables.troubles(rows)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _against(rows: Sequence[Row]) -> Table:
+    times = {
+        (row["role"], row["tokens"], row["activation"], row["peer"]): row["median_us"]
+        for row in rows
+        if row["kind"] == "linear" and compare.timed(row)
+    }
+    lines = []
+    for role, tokens in sorted({key[:2] for key in times}):
+        cells = []
+        for activation, other, own in AGAINST.values():
+            found = [times.get((role, tokens, activation, peer)) for peer in (other, own)]
+            cells.append(f"{found[0] / found[1]:.2f}x" if found[0] and found[1] else tables.NOTHING)
+        if set(cells) != {tables.NOTHING}:
+            lines.append((role, str(tokens), *cells))
+    return Table(("layer", "tokens", *AGAINST), lines)
 
 
 def peaks(rows: Sequence[Row]) -> str:
