@@ -85,7 +85,9 @@ def test_masked_scores_take_no_gradient():
 
 
 @pytest.mark.parametrize(
-    "loss", [d.kl_divergence, d.soft_cross_entropy, lambda s, t: d.hidden_state_loss([s], [t])], ids=str
+    "loss",
+    [d.kl_divergence, d.soft_cross_entropy, lambda s, t: d.hidden_state_loss([s], [t])],
+    ids=["kl_divergence", "soft_cross_entropy", "hidden_state_loss"],
 )
 def test_only_the_student_learns_and_float64_stays(loss):
     student, teacher = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
