@@ -282,10 +282,11 @@ def test_make_test_installs_once_and_then_only_tests(make, version):
     tools, package, *tests = calls
     assert tools.endswith("--constraint constraints.txt setuptools wheel ninja pybind11")
     assert package.endswith("--constraint constraints.txt --no-build-isolation --editable .[demo,dev]")
-    # Triton's interpreter needs a process of its own.
+    # Triton's interpreter needs processes of its own.
+    parallel = "-n auto --maxprocesses 4 --dist loadfile"
     assert tests == [
-        "-m pytest -q -m not gpu and not slow --ignore tests/interpreted",
-        "-m pytest -q tests/interpreted",
+        f"-m pytest -q {parallel} -m not gpu and not slow --ignore tests/interpreted",
+        f"-m pytest -q {parallel} tests/interpreted",
     ]
     result, calls = make("test", version=version)
     assert calls == tests
