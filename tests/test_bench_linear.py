@@ -64,6 +64,11 @@ def test_every_peer_of_a_gpu_is_walked_and_right():
         assert 0 < row["operations"] <= 1.6 * row["flops"]
     measured = [row for row in rows if row["status"] == "ok"]
     assert all(row["copies"] > 1 and row["resident_us"] > 0 for row in measured)
+    # Beside each, in turns with it, a dense linear of the same dtype.
+    assert all(row["anchor_us"] > 0 for row in measured)
+    assert {(row["anchor"], "bf16" in row["peer"]) for row in measured if row["group"] != "library"} == {
+        *(("cublas_fp16", False), ("cublas_bf16", True))
+    }
     assert {row["group"] for row in measured} == {"dense", "library", "own"}
     # Each has its roofline.
     for row in measured:

@@ -326,6 +326,25 @@ def test_neither_a_cpu_nor_a_dry_run_stands_under_the_name_of_a_gpu():
         page.devices([run(on_cpu)])
 
 
+def test_what_slows_the_machine_down_is_no_slower_kernel():
+    """The same kernel twice, the second time on a machine at half of its speed; the anchors beside them say so."""
+    slow = {"anchor": "cublas_fp16", "anchor_us": 20.0}
+    rows = [
+        linear("cublas_fp16", 128, 10.0, anchor="cublas_fp16", anchor_us=10.0),
+        linear("compiled_fp16", 128, 9.0, anchor="cublas_fp16", anchor_us=10.0),
+        own(128, 12.0, mad_us=0.3, **slow),
+    ]
+    (found,) = compare.points(rows)
+    outcome = found.formats["2:4"]
+    # 12 us beside 20 is 6 beside 10, the median of the anchor's three times.
+    assert outcome.row["median_us"] == pytest.approx(6.0) and outcome.row["mad_us"] == pytest.approx(0.15)
+    assert outcome.text == "faster" and outcome.speed_up == pytest.approx(1.5)
+    assert found.dense["peer"] == "compiled_fp16" and found.dense["median_us"] == 9.0
+    # Anchors of another dtype, or of another way of timing, are of something else.
+    other = own(128, 12.0, anchor="cublas_bf16", anchor_us=20.0)
+    assert [row["median_us"] for row in compare.steadied([*rows[:2], other])] == [10.0, 9.0, 12.0]
+
+
 def test_the_summary_of_a_gpu_check():
     rows = [
         {"kind": "environment", "record": RECORD},

@@ -13,11 +13,13 @@ import torch
 from sparsebert.bench import timing
 from sparsebert.bench.jobs import Job, first_line
 from sparsebert.bench.linear import dense, library, own, shapes, stand_ins
-from sparsebert.bench.linear.cases import Built, Case, Peer, relative_error, spoil
+from sparsebert.bench.linear.cases import Built, Call, Case, Peer, relative_error, spoil
 from sparsebert.bench.linear.shapes import Shape
 
 # Variants of one peer that are measured in full.
 MOST_VARIANTS = 3
+# No algorithm is called so.
+ANCHOR = "anchor"
 
 # Token counts by what they tell. At many the arithmetic decides, at few the bytes; the answer changes between.
 TELLING, FEW, MIDDLE = (2048, 8192, 128), (32,), (512,)
@@ -146,6 +148,9 @@ def _order(blocks: Iterable[Block]) -> list[Item]:
 
 
 class _Runner:
+    """Measures items. Beside every peer, in turns with it, runs the *anchor*: torch's linear on dense weights of the
+    same dtype. What a machine does to all that runs on it, a clock that falls or a program beside it, is in both."""
+
     def __init__(self, device: torch.device, dry: bool, budget_s: float, ceilings: dict[str, float]) -> None:
         self.device, self.dry, self.budget_s, self.ceilings = device, dry, budget_s, ceilings
         self.generator = torch.Generator(device).manual_seed(1)
@@ -170,8 +175,8 @@ class _Runner:
         result = judge(built, case)
         if not built.variants:
             return result
-        times = self._clock(built)
-        result |= times
+        anchor = self._anchor(case, peer)
+        result |= self._clock(built, anchor.build(case).variants[""]) | {"anchor": anchor.name}
         result["tflops"] = result["flops"] / result["median_us"] / 1e6
         result["gbps"] = result["bytes"] / result["median_us"] / 1e3
         # Of a configured kernel the row has the one that was fastest.
@@ -180,8 +185,16 @@ class _Runner:
             result["configuration"] = configurations[result["algorithm"]]
         return result | roofline(result, peer.rate, self.ceilings)
 
-    def _clock(self, built: Built) -> dict[str, Any]:
-        """Times of what passed: weights out of the cache, and for comparison one weight again and again."""
+    def _anchor(self, case: Case, peer: Peer) -> Peer:
+        """The dense linear that stands beside a peer: in bfloat16 where that is all it takes or gives."""
+        if case.device.type == "cpu" and not case.dry:
+            return dense.peers(torch.float32)[0]
+        bfloat16 = "bfloat16" in peer.dtype or peer.name.endswith("bf16")
+        return dense.peers(torch.bfloat16 if bfloat16 else torch.float16, dry=case.dry)[0]
+
+    def _clock(self, built: Built, anchor: list[Call]) -> dict[str, Any]:
+        """Times of what passed, in turns with the anchor's: weights out of the cache, and for comparison one weight
+        again and again."""
         result: dict[str, Any] = {}
 
         def together(calls: dict[str, Any], budget_s: float) -> dict[str, timing.Timing]:
@@ -201,7 +214,7 @@ class _Runner:
             # A first, short round; the fastest of it are measured in full.
             timings = together(built.variants, self.budget_s / 12 * len(chosen))
             chosen = sorted(chosen, key=lambda name: timings[name].median_us)[:MOST_VARIANTS]
-        calls: dict[str, Any] = {}
+        calls: dict[str, Any] = {ANCHOR: anchor}
         for name in chosen:
             rotated = built.variants[name]
             calls[name] = rotated
@@ -214,6 +227,7 @@ class _Runner:
         return {
             **result,
             **timings[best].to_dict(),
+            "anchor_us": timings[ANCHOR].median_us,
             "copies": len(built.variants[best]),
             "algorithm": best,
             "variants_us": {name: timings[name].median_us for name in built.variants},

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sparsebert.bench.records import Run
-from sparsebert.bench.report.compare import timed
+from sparsebert.bench.report.compare import steadied, timed
 from sparsebert.ops import measurements
 
 Row = dict[str, Any]
@@ -27,7 +27,7 @@ def measured_rows(runs: Iterable[Run]) -> list[measurements.Row]:
         if not run.on_gpu:
             continue
         weights: dict[Weight, list[Row]] = defaultdict(list)
-        for row in run.of("linear"):
+        for row in steadied(run.of("linear")):
             # What has no op is a part of a layer, or several.
             if row.get("group") != "own" or "op" not in row or not timed(row) or row.get("mode") != "cuda-graph":
                 continue

@@ -3,7 +3,8 @@
 The *best dense path* is the fastest row of group ``dense`` with status ``ok`` at the same sizes, token count,
 activation and dtype of the weight before it was quantized: fp16 against fp16, bf16 against bf16, an int8 format made of
 fp16 weights against fp16. A *speed-up* is its median time over that of the format's fastest backend. A time that
-differs from the dense one by no more than max(2 %, 3 MAD) is ``equal``: no win, and no loss either.
+differs from the dense one by no more than max(2 %, 3 MAD) is ``equal``: no win, and no loss either. Times are taken
+relative to that of a dense linear which ran in turns with each (``steadied``).
 """
 
 from __future__ import annotations
@@ -109,14 +110,35 @@ def dtype_of(row: Row) -> str | None:
     return None
 
 
-def points(rows: Iterable[Row]) -> list[Point]:
-    """Every problem and token count of the op sweep, in order of role, size and count."""
-    # A row of this package without a format is a part of a layer, or several, and compares with none.
-    linears = [
-        row
-        for row in rows
-        if row["kind"] == "linear" and (row.get("group") in ("dense", "library") or row.get("format"))
+def steadied(rows: Iterable[Row]) -> list[Row]:
+    """The rows of the op sweep with their times as they would be had the machine run all of them alike.
+
+    ``median_us`` and ``mad_us`` times a / ``anchor_us``: the anchor, torch's dense linear, was timed in turns with each
+    row, and a is the median of its times beside all rows of this size, token count and activation. Rows without one
+    stay as they are.
+    """
+    linears = [row for row in rows if row["kind"] == "linear"]
+    anchors: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+
+    def place(row: Row) -> tuple[Any, ...]:
+        return row["out_features"], row["in_features"], row["tokens"], row["activation"], row["mode"], row["anchor"]
+
+    beside = [row for row in linears if timed(row) and row.get("anchor_us")]
+    for row in beside:
+        anchors[place(row)].append(row["anchor_us"])
+    factors = {id(row): statistics.median(anchors[place(row)]) / row["anchor_us"] for row in beside}
+    return [
+        {**row, "median_us": row["median_us"] * factors[id(row)], "mad_us": row["mad_us"] * factors[id(row)]}
+        if id(row) in factors
+        else row
+        for row in linears
     ]
+
+
+def points(rows: Iterable[Row]) -> list[Point]:
+    """Every problem and token count of the op sweep, in order of role, size and count; times are ``steadied``."""
+    # A row of this package without a format is a part of a layer, or several, and compares with none.
+    linears = [row for row in steadied(rows) if row.get("group") in ("dense", "library") or row.get("format")]
     found: dict[tuple[Problem, int], list[Row]] = defaultdict(list)
     nameless: dict[tuple[int, int, str, int], list[Row]] = defaultdict(list)
     roles: dict[Problem, list[str]] = defaultdict(list)

@@ -52,8 +52,8 @@ def summary(rows: Sequence[Row]) -> str:
 def _against(rows: Sequence[Row]) -> Table:
     times = {
         (row["role"], row["tokens"], row["activation"], row["peer"]): row["median_us"]
-        for row in rows
-        if row["kind"] == "linear" and compare.timed(row)
+        for row in compare.steadied(rows)
+        if compare.timed(row)
     }
     lines = []
     for role, tokens in sorted({key[:2] for key in times}):
