@@ -46,7 +46,7 @@ JUDGED = {
 }
 TIMED = {
     *("median_us", "p20_us", "p80_us", "mad_us", "p95_us", "p99_us", "repeats", "mode"),
-    *("sequences_per_s", "tokens_per_s", "peak_bytes"),
+    *("sequences_per_s", "tokens_per_s", "peak_bytes", "anchor", "anchor_us"),
 }
 
 
@@ -385,13 +385,13 @@ def test_on_a_gpu_the_graph_is_judged_and_memory_counted(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device, name=name: calls.append(name))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000)
     monkeypatch.setattr(timing, "capture", lambda call, device: call)
-    measure = timing.measure
+    measure = timing.measure_together
 
-    def as_asked(call, *, graph, **options):
+    def as_asked(fns, *, graph, **options):
         calls.append(graph)
-        return measure(call, **options)
+        return measure(fns, **options)
 
-    monkeypatch.setattr(timing, "measure", as_asked)
+    monkeypatch.setattr(timing, "measure_together", as_asked)
     found = prepared.prepare(TOY, parse_weights("2:4"), CPU)
     found.foreign_bytes = 400
     batch = inputs.make_batch((5, 16), 16, TOY.vocabulary, CPU)
@@ -400,7 +400,8 @@ def test_on_a_gpu_the_graph_is_judged_and_memory_counted(monkeypatch):
         assert ladder._judge(found, batch, rung, call)["error"] < 1e-6
         times = ladder._times(found, batch, rung, call, 0.001)
         assert times["peak_bytes"] == 600
-    assert calls == ["synchronize", "synchronize", "reset_peak_memory_stats", True] * 2
+    # Memory first and alone, then the times.
+    assert calls == ["synchronize", "synchronize", "reset_peak_memory_stats", True, True] * 2
     # A replay that does nothing leaves what the buffer was filled with.
     monkeypatch.setattr(timing, "capture", lambda call, device: lambda: None)
     assert ladder._judge(found, batch, rung, call)["error"] == math.inf

@@ -343,6 +343,14 @@ def test_what_slows_the_machine_down_is_no_slower_kernel():
     # Anchors of another dtype, or of another way of timing, are of something else.
     other = own(128, 12.0, anchor="cublas_bf16", anchor_us=20.0)
     assert [row["median_us"] for row in compare.steadied([*rows[:2], other])] == [10.0, 9.0, 12.0]
+    # Whole models likewise, their tails and rates too: at 1.5 of the speed and at half of it.
+    fast, slow = (
+        model("eager_fp32", us, anchor="eager_fp32", anchor_us=beside)
+        for us, beside in ((100.0, 100.0), (400.0, 300.0))
+    )
+    first, second = compare.steadied([fast, slow])
+    assert (first["median_us"], second["median_us"]) == pytest.approx((200.0, 400 * 200 / 300))
+    assert (first["p99_us"], first["tokens_per_s"]) == pytest.approx((600.0, fast["tokens_per_s"] / 2))
 
 
 def test_the_summary_of_a_gpu_check():

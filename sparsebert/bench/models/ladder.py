@@ -8,8 +8,8 @@ Measured: ``layouts``, how many packed layers are held in which, and ``kernels``
 ``model_bytes`` and ``encoder_bytes`` in memory, the latter of the encoder's linear layers, and ``disk_bytes``;
 ``error`` and ``error_limit`` (see ``prepared.Prepared``) against ``reference``; ``first_call_s``, which holds the
 compilation; the times of single calls; ``sequences_per_s`` and ``tokens_per_s``, of real tokens; ``peak_bytes`` of
-device memory while the times were taken, the weights included; ``matmul_precision`` where float32 is computed with:
-``highest`` is torch's default, no TF32.
+device memory while the times were taken, the weights included; ``anchor_us`` of a dense model that ran in turns with
+it (``anchor`` says how); ``matmul_precision`` where float32 is computed with: ``highest`` is torch's default, no TF32.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sparsebert.bench import timing
 from sparsebert.bench.jobs import Job
+from sparsebert.bench.linear.cases import SHORT
 from sparsebert.bench.models import rungs as ladder
 from sparsebert.bench.models import unpadded
 from sparsebert.bench.models.encoders import SIZES, Size, flops
@@ -86,7 +87,8 @@ def jobs(
     ``budget_s`` is spent on the times of one row. ``dry`` walks every rung of a GPU on a toy model, whatever the device
     and the sizes asked for. ``ValueError`` for a name that is none.
 
-    At most one model is held at a time. It is that of the last job, so the jobs of one list run one after the other.
+    At most one model is held at a time, and a dense one beside it. It is that of the last job, so the jobs of one list
+    run one after the other.
     """
     device = torch.device(device)
     if unknown := [name for name in models if name not in SIZES]:
@@ -298,16 +300,33 @@ def _spoil(like: Tensor) -> None:
 def _times(prepared: Prepared, batch: Batch, rung: Rung, call: Callable[[], Tensor], budget_s: float) -> Row:
     device = batch.ids.device
     on_gpu = _is_gpu(device)
+    graph = rung.execution == "graph"
+    peak = None
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    graph = rung.execution == "graph"
-    found = timing.measure(call, device=device, budget_s=budget_s, graph=graph, single=True)
-    peak = torch.cuda.max_memory_allocated(device) - prepared.foreign_bytes if on_gpu else None
+        # Alone: the anchor has activations of its own.
+        timing.measure(call, device=device, budget_s=0.0, min_repeats=1, graph=graph)
+        peak = torch.cuda.max_memory_allocated(device) - prepared.foreign_bytes
+    calls = {"rung": call}
+    if prepared.anchor is not None:
+        calls["anchor"] = _anchor_call(prepared.anchor, batch, prepared.dtype)
+    times = timing.measure_together(calls, device=device, budget_s=budget_s, graph=graph, single=True)
+    found = times["rung"]
     a_second = 1e6 / found.median_us
-    return {
+    row: Row = {
         **found.to_dict(),
         "sequences_per_s": len(batch.lengths) * a_second,
         "tokens_per_s": sum(batch.lengths) * a_second,
         "peak_bytes": peak,
     }
+    if prepared.anchor is not None:
+        way = "graph" if graph else "eager"
+        row |= {"anchor": f"{way}_{SHORT[prepared.dtype]}", "anchor_us": times["anchor"].median_us}
+    return row
+
+
+def _anchor_call(model: Any, batch: Batch, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The dense model on the padded batch."""
+    inputs = batch.padded(dtype)
+    return lambda: model(**inputs).last_hidden_state

@@ -45,7 +45,8 @@ class Prepared:
     - ``float32 before quantization``, for torchao, whose arithmetic has no reference here: holds the loss by 8 bits,
       2.6e-2 and 3.8e-2 for weights and inputs rounded by this package. Hence 1e-1, which tells working from broken.
 
-    ``foreign_bytes`` on a GPU are those of the reference and of whatever was there before.
+    ``foreign_bytes`` on a GPU are those of the reference and of whatever was there before. ``anchor`` is a dense model
+    of the same size and dtype, which is timed in turns with this one.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Prepared:
     dtype: torch.dtype
     sizes: dict[str, Any]
     foreign_bytes: int = 0
+    anchor: nn.Module | None = None
 
     @property
     def limit(self) -> float:
@@ -78,12 +80,13 @@ class Prepared:
 
 
 class Models:
-    """Prepares models on demand and keeps the last one only."""
+    """Prepares models on demand and keeps the last one only, and one dense model as the anchor of all of its size."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._key: tuple[Size, Weights] | None = None
         self._prepared: Prepared | None = None
+        self._anchor: tuple[Size, torch.dtype, nn.Module] | None = None
 
     def get(self, size: Size, weights: Weights) -> Prepared:
         """The model of this size with these weights; the one before is let go of first."""
@@ -91,9 +94,18 @@ class Models:
             self._let_go()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+            # Before it, so that its memory is none of the model's.
+            anchor = self._anchor_of(size, weights.dtype(self.device))
             self._prepared = prepare(size, weights, self.device)
+            self._prepared.anchor = anchor
             self._key = size, weights
         return self._prepared
+
+    def _anchor_of(self, size: Size, dtype: torch.dtype) -> nn.Module:
+        if self._anchor is None or self._anchor[:2] != (size, dtype):
+            self._anchor = None
+            self._anchor = size, dtype, repeat_(build(size, self.device, dtype), size.layers)
+        return self._anchor[2]
 
     def _let_go(self) -> None:
         held = (

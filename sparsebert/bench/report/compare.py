@@ -21,6 +21,13 @@ Row = dict[str, Any]
 
 FASTER, EQUAL, SLOWER = "faster", "equal", "slower"
 NOT_MEASURED = "not measured"
+# What tells inputs apart, of a layer and of a model.
+_INPUT = {
+    "linear": ("out_features", "in_features", "tokens", "activation", "mode", "anchor"),
+    "model": ("model", "batch", "length", "lengths", "mode", "anchor"),
+}
+_TIMES = ("median_us", "mad_us", "p20_us", "p80_us", "p95_us", "p99_us")
+_RATES = ("sequences_per_s", "tokens_per_s")
 OTHER_MODE = "timed otherwise"
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -111,34 +118,39 @@ def dtype_of(row: Row) -> str | None:
 
 
 def steadied(rows: Iterable[Row]) -> list[Row]:
-    """The rows of the op sweep with their times as they would be had the machine run all of them alike.
+    """Rows with their times as they would be had the machine run all of them alike.
 
-    ``median_us`` and ``mad_us`` times a / ``anchor_us``: the anchor, torch's dense linear, was timed in turns with each
-    row, and a is the median of its times beside all rows of this size, token count and activation. Rows without one
-    stay as they are.
+    Times (in microseconds) times a / ``anchor_us``, rates over that: the anchor, torch's dense linear or a dense model,
+    was timed in turns with each row, and a is the median of its times beside all rows of the same input. Rows without
+    one stay as they are.
     """
-    linears = [row for row in rows if row["kind"] == "linear"]
+    rows = list(rows)
     anchors: dict[tuple[Any, ...], list[float]] = defaultdict(list)
 
     def place(row: Row) -> tuple[Any, ...]:
-        return row["out_features"], row["in_features"], row["tokens"], row["activation"], row["mode"], row["anchor"]
+        return row["kind"], *(row[name] for name in _INPUT[row["kind"]])
 
-    beside = [row for row in linears if timed(row) and row.get("anchor_us")]
+    beside = [row for row in rows if row["kind"] in _INPUT and timed(row) and row.get("anchor_us")]
     for row in beside:
         anchors[place(row)].append(row["anchor_us"])
     factors = {id(row): statistics.median(anchors[place(row)]) / row["anchor_us"] for row in beside}
-    return [
-        {**row, "median_us": row["median_us"] * factors[id(row)], "mad_us": row["mad_us"] * factors[id(row)]}
-        if id(row) in factors
-        else row
-        for row in linears
-    ]
+    return [_scaled(row, factors[id(row)]) if id(row) in factors else row for row in rows]
+
+
+def _scaled(row: Row, factor: float) -> Row:
+    times = {name: row[name] * factor for name in _TIMES if row.get(name) is not None}
+    rates = {name: row[name] / factor for name in _RATES if row.get(name) is not None}
+    return {**row, **times, **rates}
 
 
 def points(rows: Iterable[Row]) -> list[Point]:
     """Every problem and token count of the op sweep, in order of role, size and count; times are ``steadied``."""
     # A row of this package without a format is a part of a layer, or several, and compares with none.
-    linears = [row for row in steadied(rows) if row.get("group") in ("dense", "library") or row.get("format")]
+    linears = [
+        row
+        for row in steadied(rows)
+        if row["kind"] == "linear" and (row.get("group") in ("dense", "library") or row.get("format"))
+    ]
     found: dict[tuple[Problem, int], list[Row]] = defaultdict(list)
     nameless: dict[tuple[int, int, str, int], list[Row]] = defaultdict(list)
     roles: dict[Problem, list[str]] = defaultdict(list)

@@ -53,7 +53,7 @@ def _against(rows: Sequence[Row]) -> Table:
     times = {
         (row["role"], row["tokens"], row["activation"], row["peer"]): row["median_us"]
         for row in compare.steadied(rows)
-        if compare.timed(row)
+        if row["kind"] == "linear" and compare.timed(row)
     }
     lines = []
     for role, tokens in sorted({key[:2] for key in times}):

@@ -127,9 +127,9 @@ def ladder(rows: Iterable[Row], published: Iterable[PublishedLine] = ()) -> Tabl
 
 
 def by_input(rows: Iterable[Row]) -> dict[tuple[str, int, int, str], list[Row]]:
-    """The ``model`` rows by model, batch, length and kind of lengths, in that order."""
+    """The ``model`` rows by model, batch, length and kind of lengths, in that order; times are ``steadied``."""
     found: dict[tuple[str, int, int, str], list[Row]] = defaultdict(list)
-    for row in rows:
+    for row in compare.steadied(rows):
         if row["kind"] == "model":
             found[row["model"], row["batch"], row["length"], row.get("lengths") or ""].append(row)
     return dict(sorted(found.items()))
