@@ -278,6 +278,7 @@ def test_the_ladder_by_hand():
 def checked(status, us=10.0, **change):
     row = {"kind": "never_slower", "peer": "2:4", "format": "2:4", "layout": "mma_sp", "role": "base.ffn_in"}
     row |= {"out_features": OUT, "in_features": IN, "tokens": 128, "median_us": us, "dense_us": 10.0}
+    row |= {"dense_mad_us": 0.0, "dtype": "float16"}
     return {**row, "dense_peer": "cublas_fp16", "status": status, **change}
 
 
@@ -291,6 +292,20 @@ def test_layers_that_are_slower_are_listed():
     assert failure == (
         "- 2:4, base.ffn_in 3072 x 768 at 128 tokens: held as mma_sp 12 us, cublas_fp16 10 us (1.20 of its time)"
     )
+
+
+def test_the_best_dense_path_of_the_run_is_what_counts():
+    """The compiled linear takes 0.9 of the time of the anchor: a layer at 9.5 us is slower, where dense took 10."""
+    anchor = {"anchor": "cublas_fp16", "anchor_us": 20.0}
+    sweep = [linear("cublas_fp16", 128, 20.0, **anchor), linear("compiled_fp16", 128, 18.0, **anchor)]
+    rows = [checked("ok", 9.5), checked("ok", 9.1), checked("ok", 9.5, tokens=512), checked("skipped")]
+    slow, margin, elsewhere, skipped = compare.never_slower([*sweep, *rows])
+    assert (slow["status"], slow["dense_peer"], slow["dense_us"]) == ("failed", "compiled_fp16", pytest.approx(9.0))
+    # 2 % of 9 us is equal; at 512 tokens the sweep knows nothing; what was not timed stays so.
+    assert margin["status"] == "ok" and elsewhere == rows[2] and skipped == rows[3]
+    assert "compiled_fp16 9 us (1.06 of its time)" in tables.never_slower([*sweep, rows[0]])
+    # A sweep whose best path is the anchor changes nothing.
+    assert compare.never_slower([*sweep[:1], rows[0]]) == [rows[0]]
 
 
 # Pages

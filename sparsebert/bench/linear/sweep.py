@@ -39,8 +39,7 @@ def peers(device: torch.device, *, dry: bool = False) -> tuple[Peer, ...]:
     return (
         *itertools.chain(*(dense.peers(dtype, dry=dry) for dtype in dtypes)),
         *library.peers(dry=dry),
-        *own.peers(torch.float16, on_gpu=True),
-        *(peer for peer in own.peers(torch.bfloat16, on_gpu=True) if peer.row["backend"] == "cuda"),
+        *itertools.chain(*(own.peers(dtype, on_gpu=True) for dtype in dtypes)),
         *own.CHAINED,
     )
 

@@ -26,7 +26,7 @@ _INPUT = {
     "linear": ("out_features", "in_features", "tokens", "activation", "mode", "anchor"),
     "model": ("model", "batch", "length", "lengths", "mode", "anchor"),
 }
-_TIMES = ("median_us", "mad_us", "p20_us", "p80_us", "p95_us", "p99_us")
+_TIMES = ("median_us", "mad_us", "p20_us", "p80_us", "p95_us", "p99_us", "anchor_us")
 _RATES = ("sequences_per_s", "tokens_per_s")
 OTHER_MODE = "timed otherwise"
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -179,6 +179,30 @@ def variants(points: Iterable[Point]) -> list[tuple[str, str]]:
 
 def of_variant(points: Iterable[Point], variant: tuple[str, str]) -> list[Point]:
     return [point for point in points if (point.problem.activation, point.problem.dtype) == variant]
+
+
+def never_slower(rows: Iterable[Row]) -> list[Row]:
+    """The ``never_slower`` rows, held against the best dense path of the whole run.
+
+    Such a layer was timed in turns with torch's linear. Where the op sweep of the same run has a dense path that takes
+    only a part of that linear's time, ``dense_us`` becomes that part, and ``status`` follows from it.
+    """
+    rows = list(rows)
+    best = {(point.problem, point.tokens): point.dense for point in points(rows) if point.dense}
+    return [_against_best(row, best) for row in rows if row["kind"] == "never_slower"]
+
+
+def _against_best(row: Row, best: Mapping[tuple[Problem, int], Row]) -> Row:
+    problem = Problem(row["out_features"], row["in_features"], "none", dtype_of(row) or "")
+    dense = best.get((problem, row["tokens"]))
+    if dense is None or not dense.get("anchor_us") or row.get("status") not in ("ok", "failed"):
+        return row
+    part = dense["median_us"] / dense["anchor_us"]
+    if part >= 1:
+        return row
+    dense_us = part * row["dense_us"]
+    slower = row["median_us"] - dense_us > margin_us(dense_us, part * row["dense_mad_us"])
+    return {**row, "dense_us": dense_us, "dense_peer": dense["peer"], "status": "failed" if slower else "ok"}
 
 
 def formats(points: Iterable[Point]) -> list[str]:

@@ -163,7 +163,7 @@ def troubles(rows: Iterable[Row]) -> Table:
 def never_slower(rows: Iterable[Row]) -> str:
     """The layers of tuned plans that are slower than the best dense path, or one line saying how many were checked;
     empty where none was."""
-    checked = [row for row in rows if row["kind"] == "never_slower"]
+    checked = compare.never_slower(rows)
     failed = [row for row in checked if row.get("status") == "failed"]
     without = [row for row in checked if row.get("status") not in ("ok", "failed")]
     if not checked:
