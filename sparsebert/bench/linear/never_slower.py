@@ -70,7 +70,8 @@ def jobs(
 def _tuned(
     format: str, shape: Shape, *, device: torch.device, dtype: torch.dtype, tokens: Sequence[int], budget_s: float
 ) -> PackedLinear:
-    model = nn.Sequential(own.layer(format, shape.out_features, shape.in_features, dtype, device))
+    # A copy: tuning holds the layer in another layout.
+    model = nn.Sequential(deepcopy(own.layer(format, shape.out_features, shape.in_features, dtype, device)))
     sb.tune(model, list(tokens), budget_s=budget_s)
     found: Any = model[0]
     return found

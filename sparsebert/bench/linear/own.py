@@ -64,11 +64,11 @@ def layer(format: str, out_features: int, in_features: int, dtype: torch.dtype, 
             factors["sparse"] = linear.weight.detach() * one_shot.magnitude_mask(linear.weight.detach(), config.sparse)
         return MODULES[config.format].from_linear(linear, config, factors=factors)
     model = nn.Sequential(linear)
-    sb.compress_(model, {"0": config})
+    sb.compress_(model, {"0": config}, layout=layouts.NEUTRAL)
     if isinstance(config, Int8Config) and config.activations == "static":
         sb.calibrate(model, [normal(128, in_features)])
     module: Any = model[0]
-    return module.prepare_(layouts.NEUTRAL)
+    return module
 
 
 def _build(case: Case, format: str, layout: str, backend: str, dtype: torch.dtype) -> Built:
