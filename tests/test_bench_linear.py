@@ -38,7 +38,7 @@ def case(shape: Shape = DRY_SHAPES[0], tokens: int = 16, activation: str = "none
 
 def only(monkeypatch: pytest.MonkeyPatch, *peers: Peer, **options) -> list[dict]:
     """The rows of these peers alone."""
-    monkeypatch.setattr(sweep, "peers", lambda device, dry=False: peers)
+    monkeypatch.setattr(sweep, "every_peer", lambda device, dry=False: peers)
     monkeypatch.setattr(shapes, "DRY_SHAPES", DRY_SHAPES[:1])
     options = {"dry": True, "tokens": [16], "budget_s": 0.003, "ceilings": RATES} | options
     return list(jobs.run(sweep.jobs(CPU, **options)))
@@ -54,7 +54,7 @@ def test_every_peer_of_a_gpu_is_walked_and_right():
     listed = sweep.jobs(CPU, dry=True, tokens=[9], budget_s=0.0001, ceilings=RATES)
     listed = [job for job in listed if job.row["role"] == "dry.ffn_in" or job.row["peer"].startswith("gelu_int8")]
     rows = list(jobs.run(listed))
-    assert {row["peer"] for row in rows} == {peer.name for peer in sweep.peers(CPU, dry=True)}
+    assert {row["peer"] for row in rows} == {peer.name for peer in sweep.every_peer(CPU, dry=True)}
     for row in rows:
         if row["status"] == "refused":
             assert row["peer"].startswith("torchao") and not HAS_TORCHAO, row

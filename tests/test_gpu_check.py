@@ -81,7 +81,7 @@ def test_dry_run_walks_every_step(tmp_path: Path):
         assert row["flops"] == 2 * row["tokens"] * row["out_features"] * row["in_features"]
         assert row["bytes"] > row["weight_bytes"] > 0
         assert ("median_us" in row) == (row["status"] == "ok") == ("reached" in row)
-    peers = {peer.name: peer for peer in sweep.peers(torch.device("cpu"), dry=True)}
+    peers = {peer.name: peer for peer in sweep.every_peer(torch.device("cpu"), dry=True)}
     assert {row["peer"] for row in linears + missing} == set(peers)
     assert {row["peer"] for row in linears if row["status"] == "skipped"} == {
         name for name, peer in peers.items() if peer.needs_cuda

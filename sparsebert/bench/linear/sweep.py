@@ -31,7 +31,7 @@ CUDA = ("*/cuda/*",)
 LEADING = ("*/neutral/triton/fp16", "*/chunked/triton/fp16", "*/padded/triton/fp16", "*/grouped/triton/fp16")
 
 
-def peers(device: torch.device, *, dry: bool = False) -> tuple[Peer, ...]:
+def every_peer(device: torch.device, *, dry: bool = False) -> tuple[Peer, ...]:
     """All peers of a device; of a GPU for a dry run, which walks them on a CPU."""
     if device.type == "cpu" and not dry:
         return (*dense.peers(torch.float32), *own.peers(torch.float32, on_gpu=False))
@@ -65,7 +65,7 @@ def jobs(
 
     ``ValueError`` where a model is unknown, or nothing matches ``peers``.
     """
-    found = _matching(globals()["peers"](device, dry=dry), peers)
+    found = _matching(every_peer(device, dry=dry), peers)
     order = _order(_blocks(models, tokens, found, dry))
     runner = _Runner(device, dry, budget_s, dict(ceilings or {}))
     listed = []

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sparsebert.bench import timing
 from sparsebert.bench.jobs import Job
-from sparsebert.bench.linear.cases import SHORT
+from sparsebert.bench.linear.cases import SHORT, relative_error
 from sparsebert.bench.models import rungs as ladder
 from sparsebert.bench.models import unpadded
 from sparsebert.bench.models.encoders import SIZES, Size, flops
@@ -281,14 +281,6 @@ def _judge(prepared: Prepared, batch: Batch, rung: Rung, call: Callable[[], Tens
 
 def _is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-def relative_error(y: Tensor, reference: Tensor) -> float:
-    """||y - reference|| / ||reference|| in float64; infinite where y is not finite throughout."""
-    y = y.double()
-    if not torch.isfinite(y).all():
-        return math.inf
-    return float((y - reference).norm() / reference.norm())
 
 
 def _spoil(like: Tensor) -> None:
