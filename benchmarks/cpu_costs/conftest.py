@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,23 +30,43 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def in_turns(benchmark: Any) -> Callable[..., dict[str, float]]:
-    """``in_turns(calls, budget_s)``: the median microseconds of each call, A B A B ..., in one run; with ``fast`` the
-    20th percentile, for differences of a few microseconds: what other programs add to a call is above it."""
+    """``in_turns(calls, budget_s)``: the median microseconds of each call, A B A B ..., in one run."""
 
     def measure(
-        calls: Mapping[str, Callable[[], object]],
-        budget_s: float,
-        warmup: int = 3,
-        min_repeats: int = 5,
-        fast: bool = False,
+        calls: Mapping[str, Callable[[], object]], budget_s: float, warmup: int = 3, min_repeats: int = 5
     ) -> dict[str, float]:
         if not benchmark.enabled:
             # The calls only have to run.
             budget_s, warmup, min_repeats = 0.0, 1, 1
         timings = measure_together(calls, device="cpu", budget_s=budget_s, warmup=warmup, min_repeats=min_repeats)
-        return {name: timing.p20_us if fast else timing.median_us for name, timing in timings.items()}
+        return {name: timing.median_us for name, timing in timings.items()}
 
     return measure
+
+
+@pytest.fixture
+def above(benchmark: Any) -> Callable[..., float]:
+    """``above(call, other, budget_s)``: the median, in microseconds, of what one call takes more than the one right
+    beside it; each comes first in every second pair. Two medians of calls of 200 us differ by more than that by chance,
+    where other programs run."""
+
+    def measure(call: Callable[[], object], other: Callable[[], object], budget_s: float) -> float:
+        until = time.perf_counter() + (budget_s if benchmark.enabled else 0.0)
+        differences: list[float] = []
+        for _ in range(20):
+            call(), other()
+        while not differences or time.perf_counter() < until:
+            times = [_seconds(each) for each in (call, other, other, call)]
+            differences += [times[0] - times[1], times[3] - times[2]]
+        return statistics.median(differences) * 1e6
+
+    return measure
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 class Ratio(NamedTuple):
