@@ -18,6 +18,7 @@ from sparsebert.ops import layout_choice, layouts, select
 from sparsebert.ops.activations import ACTIVATIONS, activate
 from sparsebert.ops.devices import describe
 from sparsebert.ops.layouts import COMPUTE, DENSE, FLOAT, NEUTRAL, Held
+from sparsebert.ops.linear import OVERLOADS
 from sparsebert.ops.specs import Spec
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in nm.DTYPES}
@@ -68,14 +69,13 @@ class PackedLinear(nn.Module, ABC):
             raise ValueError(
                 f"{type(self).__name__}: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}"
             )
-        self._set_spec(spec)
+        self._set_layout(NEUTRAL, spec)
         self.dense_in_features = spec.in_features if dense_in_features is None else dense_in_features
         self.dense_out_features = spec.out_features if dense_out_features is None else dense_out_features
         self.compact_input = compact_input
         self.in_features = spec.in_features if compact_input else self.dense_in_features
         self.out_features = spec.out_features
         self.activation = activation
-        self._set_layout(NEUTRAL)
         self.requested_layout = "auto"
         self._dtype = dtype or torch.get_default_dtype()
         for name, held in layouts.tensors(spec, NEUTRAL).items():
@@ -310,15 +310,8 @@ class PackedLinear(nn.Module, ABC):
                 return activate(F.linear(x, weight, bias), activation)
         # The derivative of an activation needs its input, which the fused op does not keep.
         fused = activation == "none" or not torch.is_grad_enabled()
-        y = getattr(torch.ops.sparsebert, self.spec.op)(
-            x,
-            self._weight(),
-            bias,
-            columns,
-            layout=self.layout,
-            activation=activation if fused else "none",
-            **self._sizes,
-        )
+        run, keywords = OVERLOADS[self.spec.op], self._keywords
+        y = run(x, self._weight(), bias, columns, activation=activation if fused else "none", **keywords)
         return y if fused else activate(y, activation)
 
     def problem(self, tokens: int) -> select.Problem:
@@ -396,13 +389,10 @@ class PackedLinear(nn.Module, ABC):
         """Tensors that every layout keeps."""
         return [t for t in (self.bias, self.columns, self.kept_rows) if t is not None]
 
-    def _set_spec(self, spec: Spec) -> None:
-        self.spec, self._sizes = spec, spec._asdict()
-
-    def _set_layout(self, layout: str) -> None:
+    def _set_layout(self, layout: str, spec: Spec) -> None:
         """Names the buffers a layout lies in: the neutral ones as in the file, others with names of their own."""
-        names = layouts.tensors(self.spec, layout)
-        self.layout = layout
+        names = layouts.tensors(spec, layout)
+        self.spec, self.layout, self._keywords = spec, layout, {"layout": layout, **spec._asdict()}
         self._names = list(names) if layout == NEUTRAL else [f"{layout}_{name.replace('.', '_')}" for name in names]
         self._places = [_place(name) for name in self._names]
 
@@ -436,13 +426,13 @@ class PackedLinear(nn.Module, ABC):
         for name in self._names:
             owner, tail = self._owner(name)
             delattr(owner, tail)
-        self._set_layout(layout)
+        self._set_layout(layout, self.spec)
         for name, tensor in zip(self._names, tensors, strict=True):
             self._hold(name, tensor, persistent=layout == NEUTRAL)
 
     def _hold_neutral(self, spec: Spec, tensors: Sequence[Tensor]) -> None:
         """Other neutral tensors in the place of those held."""
-        self._set_spec(spec)
+        self._set_layout(NEUTRAL, spec)
         for name, tensor in zip(layouts.tensors(spec, NEUTRAL), tensors, strict=True):
             self._hold(name, tensor, persistent=True)
 

@@ -35,6 +35,9 @@ from sparsebert.ops.specs import Spec
 
 _SCHEMA_TYPES = {"int": "int", "str": "str"}
 
+# The ops as they are called fastest: by their names in torch.ops each call would look for the overload anew.
+OVERLOADS: dict[str, torch._ops.OpOverload] = {}
+
 
 def define(library: torch.library.Library, op: str, spec_type: type[Spec]) -> None:
     """Defines ``op`` for weights of ``spec_type`` and its unpack op, with fakes, gradients and autocast rules."""
@@ -93,6 +96,7 @@ def define(library: torch.library.Library, op: str, spec_type: type[Spec]) -> No
     torch.library.register_autograd(f"sparsebert::{op}", _backward, setup_context=_setup_context(op), lib=library)
     for device_type in ("cpu", "cuda"):
         library.impl(op, _autocast(op, spec_type, device_type), f"Autocast{device_type.upper()}")
+    OVERLOADS[op] = getattr(torch.ops.sparsebert, op).default
 
 
 def check(
