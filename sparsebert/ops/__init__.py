@@ -9,7 +9,8 @@ from functools import cache
 
 import torch
 
-from sparsebert.ops import cuda, linear, quantized, specs, torch_sparse, triton  # noqa: F401 (add layouts, candidates)
+from sparsebert.ops import attention, cuda, linear, quantized, specs, torch_sparse, triton  # noqa: F401 (add layouts, candidates)
+from sparsebert.ops.attention import varlen_attention
 from sparsebert.ops.bitmap import bitmap_linear
 from sparsebert.ops.dense import dense_linear
 from sparsebert.ops.int8 import int8_linear
@@ -29,6 +30,7 @@ __all__ = [
     "nm_linear",
     "quantize_rows",
     "register",
+    "varlen_attention",
 ]
 
 
@@ -39,5 +41,6 @@ def register() -> torch.library.Library:
     for op, spec_type in specs.SPECS.items():
         linear.define(library, op, spec_type)
     quantized.define(library)
+    attention.define(library)
     # The library lives as long as this reference to it: the cache of this function keeps it.
     return library

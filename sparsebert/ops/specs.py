@@ -137,7 +137,30 @@ class RowsSpec(NamedTuple):
         return ""
 
 
-Spec = NMSpec | BitmapSpec | LowRankSpec | LowRankSparseSpec | Int8Spec | DenseSpec | RowsSpec
+class AttentionSpec(NamedTuple):
+    """No weight: ``heads`` of ``head_size`` features each."""
+
+    heads: int
+    head_size: int
+
+    @property
+    def in_features(self) -> int:
+        return self.heads * self.head_size
+
+    @property
+    def out_features(self) -> int:
+        return self.heads * self.head_size
+
+    @property
+    def op(self) -> str:
+        return "varlen_attention"
+
+    @property
+    def label(self) -> str:
+        return f"{self.heads} heads of {self.head_size}"
+
+
+Spec = NMSpec | BitmapSpec | LowRankSpec | LowRankSparseSpec | Int8Spec | DenseSpec | RowsSpec | AttentionSpec
 SPECS: dict[str, type[Spec]] = {
     "nm_linear": NMSpec,
     "bitmap_linear": BitmapSpec,
