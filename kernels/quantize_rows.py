@@ -24,6 +24,23 @@ def _load(x_ptr, row, x_stride, columns, features, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def scale_of_row(amax, no_nan, input_scale_ptr, STATIC: tl.constexpr):
+    """The scale of a row, and what it is multiplied by, of its largest magnitude and whether there is no NaN in it; of
+    a row that is not finite the scale shows it."""
+    if STATIC:
+        scale = tl.load(input_scale_ptr).to(tl.float32)
+        inverse = tl.div_rn(1.0, scale)
+        finite = no_nan & (amax < float("inf"))
+    else:
+        tiny = amax < _TINY
+        divisor = tl.where(tiny, 1.0, amax)
+        inverse = tl.where(tiny, 0.0, tl.div_rn(127.0, divisor))
+        scale = tl.where(tiny, 1.0, tl.div_rn(divisor, 127.0))
+        finite = no_nan
+    return tl.where(finite, scale, float("nan")), inverse
+
+
+@triton.jit
 def _quantize_rows_kernel(
     x_ptr,
     input_scale_ptr,
@@ -49,18 +66,9 @@ def _quantize_rows_kernel(
         wrong |= (x != x).to(tl.int32)
         largest = tl.maximum(largest, tl.abs(x))
     amax = tl.max(largest, axis=0)
-    finite = tl.max(wrong, axis=0) == 0
-    if STATIC:
-        scale = tl.load(input_scale_ptr).to(tl.float32)
-        inverse = tl.div_rn(1.0, scale)
-        finite &= amax < float("inf")
-    else:
-        tiny = amax < _TINY
-        divisor = tl.where(tiny, 1.0, amax)
-        inverse = tl.where(tiny, 0.0, tl.div_rn(127.0, divisor))
-        scale = tl.where(tiny, 1.0, tl.div_rn(divisor, 127.0))
+    scale, inverse = scale_of_row(amax, tl.max(wrong, axis=0) == 0, input_scale_ptr, STATIC)
     release_next(PDL)
-    tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")))
+    tl.store(scale_ptr + row, scale)
     for block in tl.static_range(BLOCKS):
         columns = block * BLOCK + inner
         if block == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, product
@@ -90,6 +91,8 @@ def cases(arch: int, every: bool = False) -> Iterator[Case]:
     yield from bitmap_cases(arch, every)
     yield from low_rank_cases(arch, every)
     yield from quantize_cases()
+    yield from layer_norm_cases()
+    yield from embedding_cases()
     yield from split_cases()
 
 
@@ -97,7 +100,7 @@ def few(found: Iterable[Case]) -> list[Case]:
     """Of each kernel and kind of weight, in fp16 where it takes floats, the first and the last: few and many tokens."""
     of_kind: dict[str, list[Case]] = {}
     for case in found:
-        if case.dots in (None, "fp16", "int8") and "fp32 " not in case.name:
+        if case.dots in (None, "fp16", "int8") and not re.search("(bf16|fp32) ", case.name):
             of_kind.setdefault(case.name.rpartition(" ")[0], []).append(case)
     return [case for several in of_kind.values() for case in (several[0], *several[1:][-1:])]
 
@@ -155,8 +158,69 @@ def quantize_cases() -> Iterator[Case]:
                     "BLOCKS": -(-features // block),
                 },
                 ("features", "x_stride"),
-                {"num_warps": max(1, min(8, block // 256)), "enable_fp_fusion": False},
+                _of_a_row(block),
             )
+
+
+def layer_norm_cases() -> Iterator[Case]:
+    """Each result, with a residual and without, in fp16, and one of them in the others; of the width of BERT-base, and
+    of the most that a program holds."""
+    pointers = ("x_ptr", "weight_ptr", "bias_ptr", "y_ptr")
+    kinds = [("fp16", result, residual) for result, residual in product(("float", "dynamic", "static"), (False, True))]
+    for name, result, residual in (*kinds, ("bf16", "dynamic", True), ("fp32", "dynamic", True)):
+        quantize, static = result != "float", result == "static"
+        given = {
+            **dict.fromkeys((*pointers, "residual_ptr") if residual else pointers, f"*{name}"),
+            **({"q_ptr": "*i8", "scale_ptr": "*fp32"} if quantize else {}),
+            **({"input_scale_ptr": "*fp32"} if static else {}),
+        }
+        for features, block in ((768, 1024), (8192, 8192)):
+            yield Case(
+                f"add_layer_norm {result} {'residual ' if residual else ''}{name} {features}",
+                "layer_norm:_add_layer_norm_kernel",
+                {**given, **dict.fromkeys(("features", "x_stride", "residual_stride"), "i32"), "eps": "fp32"},
+                {
+                    **dict.fromkeys({"residual_ptr", "input_scale_ptr", "q_ptr", "scale_ptr"} - given.keys()),
+                    "HAS_RESIDUAL": residual,
+                    "QUANTIZE": quantize,
+                    "STATIC": static,
+                    "BLOCK": block,
+                },
+                ("features", "x_stride", "residual_stride"),
+                _of_a_row(block),
+                wide=("x_ptr", "residual_ptr") if residual else ("x_ptr",),
+            )
+
+
+def embedding_cases() -> Iterator[Case]:
+    """With token types and without, ids of either width, and each dtype once."""
+    tables = {"words": "input_ids", "positions": "position_ids", "token_types": "token_type_ids"}
+    kinds = [("fp16", token_types, ids) for token_types, ids in product((False, True), ("i64", "i32"))]
+    for name, token_types, ids in (*kinds, ("bf16", True, "i64"), ("fp32", True, "i64")):
+        held = [table for table in tables if token_types or table != "token_types"]
+        given = {
+            **{f"{tables[table]}_ptr": f"*{ids}" for table in held},
+            **dict.fromkeys([f"{table}_ptr" for table in (*held, "weight", "bias", "y")], f"*{name}"),
+        }
+        strides = tuple(f"{table}_stride" for table in tables)
+        entries = [f"{table.removesuffix('s')}_entries" for table in tables]
+        for features, block in ((768, 1024), (8192, 8192)):
+            yield Case(
+                f"embed_layer_norm {'types ' if token_types else ''}{ids} {name} {features}",
+                "embeddings:_embed_layer_norm_kernel",
+                {**given, **dict.fromkeys((*entries, *strides, "features"), "i32"), "eps": "fp32"},
+                {
+                    **dict.fromkeys({"token_type_ids_ptr", "token_types_ptr"} - given.keys()),
+                    "HAS_TOKEN_TYPES": token_types,
+                    "BLOCK": block,
+                },
+                ("features", *strides),
+                _of_a_row(block),
+            )
+
+
+def _of_a_row(block: int) -> dict[str, Any]:
+    return {"num_warps": max(1, min(8, block // 256)), "enable_fp_fusion": False}
 
 
 def _over(tokens: Iterable[int], found: Callable[[int], list[Any]]) -> list[Any]:

@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_named(change, error, text):
 
 def test_a_gradient_is_refused_at_once():
     q, k, v, ends = case((4, 3))
-    with pytest.raises(RuntimeError, match="varlen_attention: has no gradient, but an input requires one"):
+    with pytest.raises(RuntimeError, match="varlen_attention: q requires grad, but the op has no gradient"):
         ops.varlen_attention(q.requires_grad_(), k, v, ends, heads=HEADS, max_length=4)
 
 

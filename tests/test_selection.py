@@ -12,7 +12,16 @@ import torch
 
 from sparsebert.ops import layout_choice, layouts, measurements, select
 from sparsebert.ops.devices import Device, describe
-from sparsebert.ops.specs import BitmapSpec, LowRankSparseSpec, LowRankSpec, NMSpec
+from sparsebert.ops.specs import (
+    BitmapSpec,
+    DenseSpec,
+    EmbeddingSpec,
+    LayerNormSpec,
+    LowRankSparseSpec,
+    LowRankSpec,
+    NMSpec,
+    RowsSpec,
+)
 
 SPEC = NMSpec(2, 4, 768, 3072)
 CPU = torch.device("cpu")
@@ -51,6 +60,20 @@ def record(spec=SPEC, **times):
 def test_reference_serves_every_portable_layout():
     for layout in ("neutral", "dense"):
         assert select.choose(problem(layout)).backend == "reference"
+
+
+def test_ops_with_the_same_numbers_are_not_taken_for_each_other():
+    """A rank and a number of non-zeros, or rows of three ops: equal as tuples."""
+    for equal in (
+        (LowRankSpec(8, 64, 64), BitmapSpec(8, 64, 64)),
+        (RowsSpec(64), EmbeddingSpec(64)),
+        (DenseSpec(1, 64), LayerNormSpec(True, 64)),
+    ):
+        assert equal[0] == equal[1]
+        for spec in equal:
+            assert select.choose(problem(spec=spec)).candidate.op == spec.op
+    assert set(layouts.tensors(LowRankSpec(8, 64, 64), "neutral")) == {"u", "v"}
+    assert "bitmap" in layouts.tensors(BitmapSpec(8, 64, 64), "neutral")
 
 
 def test_refusals_are_reasons():

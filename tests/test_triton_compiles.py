@@ -17,7 +17,16 @@ import triton
 
 import kernel_table
 from aot import Compiled, compile_for
-from kernel_cases import DEVICES, Case, cases, few, int8_cases, quantize_cases, split_cases
+from kernel_cases import (
+    DEVICES,
+    Case,
+    cases,
+    few,
+    int8_cases,
+    layer_norm_cases,
+    quantize_cases,
+    split_cases,
+)
 
 # How a product of 16-bit floats, and of int8, reads in SASS: wgmma on sm_90, tcgen05 on sm_100 (floats), else mma.
 PRODUCTS = {90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "IMMA")}
@@ -102,19 +111,20 @@ def faults_of(case: Case, arch: int) -> list[str]:
 
 def test_quantizing_divides_as_ieee_has_it_and_rounds_the_product_first():
     """What the interpreter cannot show: there every division is exact, and nothing is fused."""
-    found = [*quantize_cases(), *split_cases(), *int8_cases(90, every=False)]
+    rounded = [case for case in layer_norm_cases() if case.constants["QUANTIZE"]]
+    found = [*quantize_cases(), *rounded, *split_cases(), *int8_cases(90, every=False)]
     for case in (case for case in found if case.options.get("enable_fp_fusion") is False):
         ptx = compile_case(case, 90).ptx
         assert "div.rn.f32" in ptx and "div.full" not in ptx and "div.approx" not in ptx, case.name
         # An activation is made of fused products, by its own definition.
-        if case.constants["ACTIVATION"] == "none":
+        if case.constants.get("ACTIVATION", "none") == "none":
             assert "fma.rn" not in ptx and ".ftz" not in ptx, case.name
 
 
 def test_each_kernel_waits_where_it_is_launched_before_the_one_ahead_has_ended():
     """Before anything is read or written, and it lets the next begin."""
     first = {case.kernel: case for case in cases(90) if case.dots != "fp32"}
-    assert len(first) == 6
+    assert len(first) == 8
     for case in first.values():
         code = [line.strip() for line in compile_case(case, 90, pdl=True).ptx.splitlines()]
         wait = next(i for i, line in enumerate(code) if line.startswith("griddepcontrol.wait"))

@@ -9,19 +9,34 @@ from functools import cache
 
 import torch
 
-from sparsebert.ops import attention, cuda, linear, quantized, specs, torch_sparse, triton  # noqa: F401 (add layouts, candidates)
+from sparsebert.ops import (  # noqa: F401 (add layouts, candidates)
+    attention,
+    cuda,
+    embeddings,
+    layer_norm,
+    linear,
+    quantized,
+    specs,
+    torch_sparse,
+    triton,
+)
 from sparsebert.ops.attention import varlen_attention
 from sparsebert.ops.bitmap import bitmap_linear
 from sparsebert.ops.dense import dense_linear
+from sparsebert.ops.embeddings import embed_layer_norm
 from sparsebert.ops.int8 import int8_linear
+from sparsebert.ops.layer_norm import add_layer_norm, add_layer_norm_quantize
 from sparsebert.ops.low_rank import low_rank_linear
 from sparsebert.ops.low_rank_sparse import low_rank_sparse_linear
 from sparsebert.ops.nm import nm_linear
 from sparsebert.ops.quantized import int8_linear_from_int8, int8_linear_to_int8, quantize_rows
 
 __all__ = [
+    "add_layer_norm",
+    "add_layer_norm_quantize",
     "bitmap_linear",
     "dense_linear",
+    "embed_layer_norm",
     "int8_linear",
     "int8_linear_from_int8",
     "int8_linear_to_int8",
@@ -42,5 +57,7 @@ def register() -> torch.library.Library:
         linear.define(library, op, spec_type)
     quantized.define(library)
     attention.define(library)
+    layer_norm.define(library)
+    embeddings.define(library)
     # The library lives as long as this reference to it: the cache of this function keeps it.
     return library

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsebert.ops import reference, select
+from sparsebert.ops import inference, reference, select
 from sparsebert.ops.layouts import NEUTRAL
 from sparsebert.ops.select import Candidate, Problem
 from sparsebert.ops.specs import AttentionSpec
 
 OP = AttentionSpec(1, 1).op
+_SCHEMA = "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, *, int heads, SymInt max_length) -> Tensor"
 # Of torch's flash attention.
 _LARGEST_HEAD, _HEAD_MULTIPLE = 256, 8
 
@@ -40,15 +41,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, hea
 
 def define(library: torch.library.Library) -> None:
     """Defines the op with its fake."""
-    library.define(
-        "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, *, int heads, SymInt max_length) -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    library.impl("varlen_attention", _run, "CompositeExplicitAutograd")
-    torch.library.register_fake("sparsebert::varlen_attention", _fake, lib=library)
-    torch.library.register_autograd(
-        "sparsebert::varlen_attention", _no_gradient, setup_context=_no_gradient_here, lib=library
-    )
+    inference.define(library, _SCHEMA, _run, _fake)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int) -> None:
@@ -83,14 +76,6 @@ def _run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, heads: int, max
 def _fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, heads: int, max_length: int) -> Tensor:
     _check(q, k, v, cu_seqlens, heads)
     return q.new_empty(q.shape)
-
-
-def _no_gradient_here(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    raise RuntimeError(f"{OP}: has no gradient, but an input requires one; call it under torch.no_grad()")
-
-
-def _no_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(f"{OP}: has no gradient")
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:

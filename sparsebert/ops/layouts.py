@@ -69,7 +69,8 @@ def names(op: str) -> tuple[str, ...]:
     return tuple(name for known, name in _layouts if known == op)
 
 
-@lru_cache(maxsize=4096)
+# Typed: specs of two ops are equal where their numbers are, as tuples.
+@lru_cache(maxsize=4096, typed=True)
 def tensors(spec: Spec, name: str) -> dict[str, Held]:
     """What the layout ``name`` of a weight consists of."""
     return dict(get(spec.op, name).tensors(spec))

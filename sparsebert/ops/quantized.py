@@ -88,10 +88,11 @@ def _check_rows(x: Tensor, input_scale: Tensor | None, activation: str) -> None:
     if x.dim() < 1 or not x.is_floating_point():
         raise ValueError(f"{OP}: x is {x.dtype} with {x.dim()} dimensions, expected floats with at least 1")
     if input_scale is not None:
-        _check_scale(OP, "input_scale", input_scale, (), x.device)
+        check_scale(OP, "input_scale", input_scale, (), x.device)
 
 
-def _check_scale(op: str, name: str, scale: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def check_scale(op: str, name: str, scale: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """``ValueError`` or ``TypeError`` naming op and tensor unless ``scale`` is a float of this shape and device."""
     if scale.shape != shape:
         raise ValueError(
             f"{op}: {name} has shape {tuple(scale.shape)}, expected {tuple(shape)}, symmetric: without a zero point"
@@ -130,9 +131,9 @@ def _check(
     """The spec of a call whose tensors fit."""
     spec = Int8Spec(**sizes)
     linear.check(q, weight, bias, layout, spec, activation, op=op, x_name="q", quantized=True)
-    _check_scale(op, "s", s, q.shape[:-1], q.device)
+    check_scale(op, "s", s, q.shape[:-1], q.device)
     if output_scale is not None:
-        _check_scale(op, "output_scale", output_scale, (), q.device)
+        check_scale(op, "output_scale", output_scale, (), q.device)
     return spec
 
 

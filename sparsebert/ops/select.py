@@ -171,11 +171,12 @@ def problem_of(spec: Any, layout: str, x: torch.Tensor, activation: str) -> Prob
 def choose(problem: Problem, *, force: bool = True) -> Solution:
     """What runs ``problem``; ``RuntimeError`` with every refusal where nothing does. ``force``: whether a forced
     backend is, which one op on the way to another may not have."""
-    return _choose(problem, forced_backend() if force else None, measurements.generation())
+    return _choose(problem, problem.op, forced_backend() if force else None, measurements.generation())
 
 
+# ``op`` is there for the cache: specs of two ops are equal where their numbers are, as tuples.
 @lru_cache(maxsize=16384)
-def _choose(problem: Problem, forced: str | None, generation: int) -> Solution:
+def _choose(problem: Problem, op: str, forced: str | None, generation: int) -> Solution:
     row = measurements.of(problem.spec, problem.layout, problem.dtype, problem.device, problem.tokens)
     refusals = []
     served = []
@@ -192,7 +193,7 @@ def _choose(problem: Problem, forced: str | None, generation: int) -> Solution:
     if forced is not None and not refusals:
         refusals = [f"{forced}: has no kernel for this layout"]
     raise RuntimeError(
-        f"{problem.op}: no {'forced ' if forced else ''}backend serves layout {problem.layout!r} on "
+        f"{op}: no {'forced ' if forced else ''}backend serves layout {problem.layout!r} on "
         f"{problem.device.type} ({'; '.join(refusals) or 'no candidates'})"
     )
 

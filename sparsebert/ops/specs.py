@@ -160,7 +160,55 @@ class AttentionSpec(NamedTuple):
         return f"{self.heads} heads of {self.head_size}"
 
 
-Spec = NMSpec | BitmapSpec | LowRankSpec | LowRankSparseSpec | Int8Spec | DenseSpec | RowsSpec | AttentionSpec
+class LayerNormSpec(NamedTuple):
+    """LayerNorm of rows of ``in_features`` numbers, ``quantized`` after it or not."""
+
+    quantized: bool
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        return self.in_features
+
+    @property
+    def op(self) -> str:
+        return "add_layer_norm_quantize" if self.quantized else "add_layer_norm"
+
+    @property
+    def label(self) -> str:
+        return ""
+
+
+class EmbeddingSpec(NamedTuple):
+    """LayerNorm of sums of embeddings of ``in_features`` numbers."""
+
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        return self.in_features
+
+    @property
+    def op(self) -> str:
+        return "embed_layer_norm"
+
+    @property
+    def label(self) -> str:
+        return ""
+
+
+Spec = (
+    NMSpec
+    | BitmapSpec
+    | LowRankSpec
+    | LowRankSparseSpec
+    | Int8Spec
+    | DenseSpec
+    | RowsSpec
+    | LayerNormSpec
+    | EmbeddingSpec
+    | AttentionSpec
+)
 SPECS: dict[str, type[Spec]] = {
     "nm_linear": NMSpec,
     "bitmap_linear": BitmapSpec,

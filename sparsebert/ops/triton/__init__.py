@@ -2,4 +2,11 @@
 
 from __future__ import annotations
 
-from sparsebert.ops.triton import bitmap, int8, low_rank, nm  # noqa: F401 (add their layouts and candidates)
+from sparsebert.ops.triton import (  # noqa: F401 (add their layouts and candidates)
+    bitmap,
+    embeddings,
+    int8,
+    layer_norm,
+    low_rank,
+    nm,
+)
