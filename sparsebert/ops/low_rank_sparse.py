@@ -9,6 +9,7 @@ beside the neutral tensors, which cannot be told from it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,6 +75,29 @@ def pack_sparse(dense: Tensor, spec: LowRankSparseSpec, *, name: str = "weight")
     if spec.sparse == "nm":
         return list(nm.pack(dense, spec.n, spec.m, name=name))
     return list(bitmap.pack(dense, name=name, nnz=spec.count))
+
+
+def stack_sparse(parts: Sequence[Sequence[Tensor]], spec: LowRankSparseSpec) -> list[Tensor]:
+    """The tensors of S of those of ``spec.parts`` of one size, one under the other."""
+    if spec.sparse == "rows":
+        return list(rows.stack([(part[0], part[1]) for part in parts], _sizes(spec)))
+    if spec.sparse == "nm":
+        return [torch.cat(one) for one in zip(*parts, strict=True)]
+    return list(bitmap.stack([(part[0], part[1], part[2]) for part in parts]))
+
+
+def split_sparse(sparse: Sequence[Tensor], spec: LowRankSparseSpec) -> list[tuple[Tensor, ...]]:
+    """Inverse of ``stack_sparse``: new tensors, as many rows or non-zeros each as its part had."""
+    if spec.sparse == "rows":
+        return [*rows.split(sparse[0], sparse[1], _sizes(spec))]
+    if spec.sparse == "nm":
+        return [*zip(*([rows.clone() for rows in one.chunk(spec.parts)] for one in sparse), strict=True)]
+    return [*bitmap.split(sparse[0], sparse[1], sparse[2], _sizes(spec))]
+
+
+def _sizes(spec: LowRankSparseSpec) -> list[int]:
+    """The features of each part."""
+    return [spec.out_features // spec.parts] * spec.parts
 
 
 def tensors(spec: LowRankSparseSpec) -> dict[str, Held]:
