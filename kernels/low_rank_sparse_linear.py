@@ -6,6 +6,9 @@ there are tiles of features.
 
 S is absent, has whole rows, an n:m pattern or any places. With whole rows the features are taken in another order, the
 rows of S first: tiles without any of them have no S to multiply by, and y is written where its features belong.
+
+u and v may be those of several parts of one size, one under the other (``formats.low_rank``): t then has the ranks of
+all, and a tile's features are multiplied with those of the parts they are of, one part after the other.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from sparsebert.kernels.tiles import load_bitmap_tile, load_nm_tile, store_tile,
 
 class Config(NamedTuple):
     """BLOCK_M features by BLOCK_N tokens; a step takes BLOCK_K inputs of S, or BLOCK_R of the rank. ``inside``: the
-    kernel computes t, all of it at once, so that BLOCK_R holds the rank."""
+    kernel computes t, all of it at once, so that BLOCK_R holds the rank; of several parts that of one, so that each
+    tile's features must be of one."""
 
     block_m: int
     block_n: int
@@ -47,6 +51,32 @@ def _load_rows(ptr, rows, row_mask, first_column, columns, BLOCK_K: tl.constexpr
 
 
 @triton.jit
+def _add_product(
+    accumulator,
+    u_ptr,
+    t_ptr,
+    features,
+    feature_mask,
+    columns,
+    column_mask,
+    rank,
+    t_stride,
+    BLOCK_R: tl.constexpr,
+):
+    """``accumulator`` and, in the features of ``feature_mask``, t uᵀ; ``t_ptr`` is at the first of their ranks."""
+    ranks = tl.arange(0, BLOCK_R)
+    for r in range(0, rank, BLOCK_R):
+        u = _load_rows(u_ptr, features, feature_mask, r, rank, BLOCK_R)
+        t = tl.load(
+            t_ptr + columns[None, :].to(tl.int64) * t_stride + (r + ranks)[:, None],
+            mask=column_mask[None, :] & (ranks < rank - r)[:, None],
+            other=0.0,
+        )  # [BLOCK_R, BLOCK_N]
+        accumulator = tl.dot(u, t, accumulator, input_precision="ieee")
+    return accumulator
+
+
+@triton.jit
 def _low_rank_sparse_linear_kernel(
     x_ptr,
     u_ptr,
@@ -66,6 +96,7 @@ def _low_rank_sparse_linear_kernel(
     count,
     row_bytes,
     INSIDE: tl.constexpr,
+    PARTS: tl.constexpr,
     SPARSE: tl.constexpr,
     KEEP: tl.constexpr,
     GROUP: tl.constexpr,
@@ -86,6 +117,9 @@ def _low_rank_sparse_linear_kernel(
     inner = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + columns[None, :].to(tl.int64) * x_stride + inner[:, None]
     ranks = tl.arange(0, BLOCK_R)
+    v_rows = ranks
+    if PARTS > 1:
+        v_rows += tl.program_id(0) * BLOCK_M // (out_features // PARTS) * rank
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if INSIDE:
         t_sums = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
@@ -118,12 +152,12 @@ def _low_rank_sparse_linear_kernel(
             )  # [BLOCK_K, BLOCK_N]
             accumulator = tl.dot(weight, x, accumulator, input_precision="ieee")
             if INSIDE:
-                v = _load_rows(v_ptr, ranks, ranks < rank, k, in_features, BLOCK_K)  # [BLOCK_R, BLOCK_K]
+                v = _load_rows(v_ptr, v_rows, ranks < rank, k, in_features, BLOCK_K)  # [BLOCK_R, BLOCK_K]
                 t_sums = tl.dot(v, x, t_sums, input_precision="ieee")
     if INSIDE and (SPARSE == "none" or SPARSE == "rows"):
         # All of the inputs or none.
         for k in range(steps, in_features, BLOCK_K):
-            v = _load_rows(v_ptr, ranks, ranks < rank, k, in_features, BLOCK_K)
+            v = _load_rows(v_ptr, v_rows, ranks < rank, k, in_features, BLOCK_K)
             x = tl.load(x_ptrs + k, mask=column_mask[None, :] & (inner < in_features - k)[:, None], other=0.0)
             t_sums = tl.dot(v, x, t_sums, input_precision="ieee")
 
@@ -131,15 +165,31 @@ def _low_rank_sparse_linear_kernel(
         u = _load_rows(u_ptr, features, row_mask, 0, rank, BLOCK_R)  # [BLOCK_M, BLOCK_R]
         # Rounded as a product of its own would be.
         accumulator = tl.dot(u, t_sums.to(u.dtype), accumulator, input_precision="ieee")
+    elif PARTS == 1:
+        accumulator = _add_product(
+            accumulator, u_ptr, t_ptr, features, row_mask, columns, column_mask, rank, rank, BLOCK_R
+        )
     else:
-        for r in range(0, rank, BLOCK_R):
-            u = _load_rows(u_ptr, features, row_mask, r, rank, BLOCK_R)
-            t = tl.load(
-                t_ptr + columns[None, :].to(tl.int64) * rank + (r + ranks)[:, None],
-                mask=column_mask[None, :] & (ranks < rank - r)[:, None],
-                other=0.0,
-            )  # [BLOCK_R, BLOCK_N]
-            accumulator = tl.dot(u, t, accumulator, input_precision="ieee")
+        # Most tiles are of one part; those of S's rows and the last before the others may have features of all.
+        parts = features // (out_features // PARTS)
+        first = tl.min(tl.where(row_mask, parts, PARTS), 0)
+        last = tl.max(tl.where(row_mask, parts, 0), 0)
+        for part in range(first, last + 1):
+            own = row_mask & (parts == part)
+            added = _add_product(
+                accumulator,
+                u_ptr,
+                t_ptr + part * rank,
+                features,
+                own,
+                columns,
+                column_mask,
+                rank,
+                PARTS * rank,
+                BLOCK_R,
+            )
+            # Not by the zeros that the others' u is read as: what overflows in one part stays there.
+            accumulator = tl.where(own[:, None], added, accumulator)
 
     release_next(PDL)
     store_tile(
@@ -159,8 +209,9 @@ def low_rank_sparse_linear(
     activation: str,
     config: Config,
 ) -> Tensor:
-    """``x (tokens, in)`` with rows that may be further apart, ``u (out, rank)``, ``v (rank, in)``, ``bias (out)``
-    -> ``(tokens, out)``, all of one dtype. One launch where ``config.inside``, else t = x vᵀ by torch before it.
+    """``x (tokens, in)`` with rows that may be further apart, ``u (out, rank)``, ``v (parts * rank, in)``,
+    ``bias (out)`` -> ``(tokens, out)``, all of one dtype. One launch where ``config.inside``, else t = x vᵀ by torch
+    before it.
 
     ``sparse``: nothing; ``order int32 (out)`` and ``values (count, in)``, the rows of the first ``count`` features of
     ``order``; ``values`` and ``positions`` of ``formats.nm``; or ``values``, ``bitmap`` and ``row_offsets`` of
@@ -192,6 +243,7 @@ def low_rank_sparse_linear(
         len(sparse["values"]) if "order" in sparse else 0,
         0 if places is None else places.shape[1],
         INSIDE=config.inside,
+        PARTS=len(v) // rank,
         SPARSE=next((kind[name] for name in sparse if name in kind), "none"),
         KEEP=n,
         GROUP=m,

@@ -270,11 +270,16 @@ def low_rank_cases(arch: int, every: bool) -> Iterator[Case]:
     pointers = ("x_ptr", "u_ptr", "v_ptr", "t_ptr", "order_ptr", "values_ptr", "places_ptr", "row_offsets_ptr")
     numbers = ("tokens", "in_features", "out_features", "rank", "x_stride", "count", "row_bytes")
     seen = set()
-    for (kind, (sizes, own)), (name, rank, counts) in product(kinds.items(), LOW_RANKS):
+    # Query, key and value in one.
+    stacked = [("fp16", 48, (1, 512), 3)]
+    for (kind, (sizes, own)), (name, rank, counts, parts) in product(
+        kinds.items(), [*((*one, 1) for one in LOW_RANKS), *stacked]
+    ):
         dtype = DTYPES[name]
-        spec: Any = LowRankSpec(rank, 1024, 4096)
+        out_features = 4096 if parts == 1 else 3072
+        spec: Any = LowRankSpec(rank, 1024, out_features, parts)
         if kind != "none":
-            spec = LowRankSparseSpec(rank, kind, *sizes, 1024, 4096)
+            spec = LowRankSparseSpec(rank, kind, *sizes, 1024, out_features, parts)
             own = {"values_ptr": f"*{name}", **own}
         layout = "grouped" if kind == "rows" else "neutral"
         for config in _over(
@@ -283,9 +288,9 @@ def low_rank_cases(arch: int, every: bool) -> Iterator[Case]:
                 configured(spec, arch, tokens, dtype, True, layout), every
             ),
         ):
-            if (kind, name, config) in seen:
+            if (kind, name, config, parts) in seen:
                 continue
-            seen.add((kind, name, config))
+            seen.add((kind, name, config, parts))
             given = {
                 **dict.fromkeys(("x_ptr", "u_ptr", "v_ptr", "bias_ptr", "y_ptr"), f"*{name}"),
                 **({} if config.inside else {"t_ptr": f"*{name}"}),
@@ -293,13 +298,15 @@ def low_rank_cases(arch: int, every: bool) -> Iterator[Case]:
             }
             factors = ("u_ptr", "v_ptr") if config.inside else ("u_ptr",)
             yield Case(
-                f"low_rank_sparse_linear {kind} {'inside' if config.inside else 'outside'} {name} "
+                f"low_rank_sparse_linear {'' if parts == 1 else f'{parts} of '}{kind} "
+                f"{'inside' if config.inside else 'outside'} {name} "
                 f"{'x'.join(map(str, config))}",
                 "low_rank_sparse_linear:_low_rank_sparse_linear_kernel",
                 {**given, **dict.fromkeys(numbers, "i32")},
                 {
                     **{pointer: None for pointer in pointers if pointer not in given},
                     "INSIDE": config.inside,
+                    "PARTS": parts,
                     "SPARSE": kind,
                     "KEEP": 2,
                     "GROUP": 4,

@@ -11,13 +11,14 @@ For a weight ``(out, in)`` with ``nnz`` non-zeros the packed form is three tenso
 So a weight has one packed form only, and in 16-bit at density d it costs 1 + 16 d bits a weight (and 8 bytes a row).
 Rows may be empty, the whole matrix may be, and ``in`` need not be a multiple of 8.
 
--0.0 counts as zero (and unpacks as +0.0); NaN and infinities are refused. All functions also take meta tensors, where
-they compute shapes alone; ``pack`` must then be told ``nnz``.
+-0.0 counts as zero (and unpacks as +0.0); NaN and infinities are refused. All functions but ``split`` also take meta
+tensors, where they compute shapes alone; ``pack`` must then be told ``nnz``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -143,6 +144,28 @@ def unpack(values: Tensor, bitmap: Tensor, row_offsets: Tensor, in_features: int
         mask = unpack_bits(bitmap[block], 1, in_features).bool()
         dense[block].masked_scatter_(mask, values[start:end])
     return dense
+
+
+def stack(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The packed form of weights of as many columns, one under the other, of their packed forms; ``split`` gives these
+    back."""
+    values, bitmaps, row_offsets = zip(*parts, strict=True)
+    offsets = [row_offsets[0][:1]]
+    for own in row_offsets:
+        offsets.append(own[1:] + offsets[-1][-1:])
+    return torch.cat(values), torch.cat(bitmaps), torch.cat(offsets)
+
+
+def split(
+    values: Tensor, bitmap: Tensor, row_offsets: Tensor, out_features: Sequence[int]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The packed forms of the next ``out_features`` rows each, all together those of the weight; new tensors."""
+    rows = list(accumulate(out_features, initial=0))
+    places = row_offsets[rows].tolist()
+    return [
+        (values[begin:end].clone(), bitmap[first:last].clone(), row_offsets[first : last + 1] - begin)
+        for (first, last), (begin, end) in zip(pairwise(rows), pairwise(places), strict=True)
+    ]
 
 
 def validate(

@@ -5,6 +5,10 @@ For a weight ``(out, in)`` at rank r the stored form is two row-major tensors of
 - ``u (out, r)``, float;
 - ``v (r, in)``, float.
 
+**Parts.** Weights of one size and rank, one under the other, are held as one of as many ``parts``: ``u (out, r)`` has
+their rows, ``v (parts * r, in)`` their ranks, and the rows of each are multiplied with the ranks of its own. Only in
+memory: what lies on disk has one part.
+
 They cost r (out + in) parameters, fewer than out * in where r < out * in / (out + in), and the linear becomes two thin
 products, y = (x vᵀ) uᵀ. The factors are what is stored and trained, so any finite pair is valid: unlike in the sparse
 formats a weight has many. ``factorize`` gives the best one: by Eckart and Young (The approximation of one matrix by
@@ -32,6 +36,15 @@ from sparsebert.formats.common import (
     whole_below,
     wide,
 )
+
+
+def packed_shapes(
+    rank: int, out_features: int, in_features: int, parts: int = 1
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of ``u`` and ``v``; ``ValueError`` where ``out_features`` is not so many ``parts`` of one size."""
+    if parts < 1 or out_features % parts:
+        raise ValueError(f"low_rank: parts is {parts}, expected a number that divides out_features={out_features}")
+    return (out_features, rank), (parts * rank, in_features)
 
 
 def rank_for_ratio(ratio: float, out_features: int, in_features: int) -> int:
@@ -69,15 +82,19 @@ def factorize(weight: Tensor, rank: int, *, name: str = "weight") -> tuple[Tenso
     return u.to(weight.dtype).contiguous(), v.to(weight.dtype).contiguous()
 
 
-def unpack(u: Tensor, v: Tensor) -> Tensor:
+def unpack(u: Tensor, v: Tensor, parts: int = 1) -> Tensor:
     """``(u, v)`` -> the dense weight ``u v`` ``(out, in)`` in their dtype; 16-bit factors are rounded once, at the end.
 
     Trusts its input (see ``validate``) except for shapes and dtypes.
     """
-    if u.dim() != 2 or v.dim() != 2 or u.shape[1] != v.shape[0] or u.dtype != v.dtype:
+    if parts > 1 and u.dim() == v.dim() == 2 and not len(u) % parts and not len(v) % parts:
+        # As each would be unpacked by itself, to the bit.
+        return torch.cat([unpack(*factors) for factors in zip(u.chunk(parts), v.chunk(parts), strict=True)])
+    if u.dim() != 2 or v.dim() != 2 or parts * u.shape[1] != v.shape[0] or u.dtype != v.dtype:
+        ranks = "rank" if parts == 1 else f"{parts} * rank"
         raise ValueError(
             f"unpack: u {tuple(u.shape)} {dtype_name(u.dtype)} and v {tuple(v.shape)} {dtype_name(v.dtype)}, expected "
-            f"(out_features, rank) and (rank, in_features) of one dtype"
+            f"(out_features, rank) and ({ranks}, in_features) of one dtype"
         )
     if u.is_meta:
         return torch.empty(u.shape[0], v.shape[1], dtype=u.dtype, device=u.device)
@@ -85,14 +102,24 @@ def unpack(u: Tensor, v: Tensor) -> Tensor:
         return (u.detach().to(wide(u.dtype)) @ v.detach().to(wide(v.dtype))).to(u.dtype)
 
 
-def validate(u: Tensor, v: Tensor, rank: int, out_features: int, in_features: int, *, name: str = "low_rank") -> None:
+def validate(
+    u: Tensor,
+    v: Tensor,
+    rank: int,
+    out_features: int,
+    in_features: int,
+    *,
+    parts: int = 1,
+    name: str = "low_rank",
+) -> None:
     """``ValueError`` naming ``name``, the tensor, expected and actual unless these are factors of such a weight.
 
-    Checked: rank from 1 to min(out, in), shapes, one float dtype, one device, finite numbers.
+    Checked: rank from 1 to min(out, in) of a part, shapes, one float dtype, one device, finite numbers.
     """
-    _check_rank(rank, out_features, in_features, name)
-    check_tensor(u, (out_features, rank), DTYPES, f"{name}: u", f" for rank={rank}")
-    check_tensor(v, (rank, in_features), DTYPES, f"{name}: v", f" for rank={rank}")
+    u_shape, v_shape = packed_shapes(rank, out_features, in_features, parts)
+    _check_rank(rank, out_features // parts, in_features, name)
+    check_tensor(u, u_shape, DTYPES, f"{name}: u", f" for rank={rank}")
+    check_tensor(v, v_shape, DTYPES, f"{name}: v", f" for rank={rank}")
     if u.dtype != v.dtype:
         raise ValueError(f"{name}: u is {dtype_name(u.dtype)}, v {dtype_name(v.dtype)}, expected one dtype")
     check_one_device(name, u=u, v=v)

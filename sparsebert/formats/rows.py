@@ -8,11 +8,14 @@ For a weight ``(out, in)`` of which ``k`` rows are kept the packed form is two r
 Every row with a non-zero is among the kept. Where there are fewer such rows than k, the lowest all-zero rows fill up,
 so a weight has one packed form only for each k. ``y = x Wᵀ`` is a small dense product whose outputs are scattered.
 
--0.0 counts as zero (and unpacks as +0.0); NaN and infinities are refused. All functions also take meta tensors, where
-they compute shapes alone.
+-0.0 counts as zero (and unpacks as +0.0); NaN and infinities are refused. All functions but ``split`` also take meta
+tensors, where they compute shapes alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -93,13 +96,41 @@ def unpack(rows: Tensor, values: Tensor, out_features: int) -> Tensor:
     return dense.index_copy_(0, rows.long(), values.detach())
 
 
+def stack(parts: Sequence[tuple[Tensor, Tensor]], out_features: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Packed forms of weights of ``out_features`` rows each as that of these weights, one under the other.
+
+    Each part keeps the rows that filled it up, so ``split`` gives the parts back; one weight of all rows would have had
+    its own lowest.
+    """
+    firsts = accumulate(out_features, initial=0)
+    rows = [rows + first for (rows, _), first in zip(parts, firsts, strict=False)]
+    return torch.cat(rows), torch.cat([values for _, values in parts])
+
+
+def split(rows: Tensor, values: Tensor, out_features: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """The packed forms of the next ``out_features`` rows each, all together those of the weight; new tensors."""
+    bounds = list(accumulate(out_features, initial=0))
+    places = torch.searchsorted(rows, torch.tensor(bounds, dtype=rows.dtype, device=rows.device)).tolist()
+    return [
+        (rows[begin:end] - first, values[begin:end].clone())
+        for first, (begin, end) in zip(bounds, pairwise(places), strict=False)
+    ]
+
+
 def validate(
-    rows: Tensor, values: Tensor, count: int, out_features: int, in_features: int, *, name: str = "rows"
+    rows: Tensor,
+    values: Tensor,
+    count: int,
+    out_features: int,
+    in_features: int,
+    *,
+    parts: int = 1,
+    name: str = "rows",
 ) -> None:
     """``ValueError`` naming ``name``, the tensor, expected and actual unless this is the packed form of some weight.
 
     Checked: shapes, dtypes, one device, rows strictly ascending and in range, finite values, no -0.0, all-zero rows
-    the lowest that are free. What passes cannot make a kernel write out of bounds.
+    the lowest that are free, in each of ``parts`` of one size. What passes cannot make a kernel write out of bounds.
     """
     check_indices(rows, count, out_features, f"{name}: rows")
     check_tensor(values, (count, in_features), DTYPES, f"{name}: values", f" for {count} rows")
@@ -110,4 +141,7 @@ def validate(
     zero = values == 0
     if len(bad := (zero & torch.signbit(values)).nonzero()):
         raise ValueError(f"{name}: values holds -0.0 in row {int(bad[0, 0])}, expected +0.0")
-    refuse_spare_elsewhere(rows, zero.logical_not().any(1), f"{name}: rows")
+    used, size = zero.logical_not().any(1), out_features // parts
+    for first in range(0, size * parts, max(1, size)):
+        own = (rows >= first) & (rows < first + size)
+        refuse_spare_elsewhere(rows[own] - first, used[own], f"{name}: rows")

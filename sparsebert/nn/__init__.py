@@ -13,6 +13,7 @@ from sparsebert.nn.low_rank_linear import LowRankLinear
 from sparsebert.nn.low_rank_sparse_linear import LowRankSparseLinear
 from sparsebert.nn.nm_linear import NMLinear
 from sparsebert.nn.packed_linear import PackedLinear
+from sparsebert.nn.stacking import split, stack, stack_refusal
 
 __all__ = [
     "MODULES",
@@ -25,6 +26,9 @@ __all__ = [
     "PackedLinear",
     "module_from_entry",
     "quantizing",
+    "split",
+    "stack",
+    "stack_refusal",
 ]
 
 # format name in a plan or a layer map -> the module that holds it

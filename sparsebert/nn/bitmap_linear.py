@@ -22,6 +22,7 @@ class BitmapLinear(PackedLinear):
     """
 
     format = BitmapConfig.format
+    may_differ = ("nnz", "out_features")
     spec: BitmapSpec
 
     def __init__(
@@ -57,6 +58,20 @@ class BitmapLinear(PackedLinear):
     def _validate(self, tensors: Sequence[Tensor], name: str) -> None:
         spec, (values, bits, row_offsets) = self.spec, tensors
         bitmap.validate(values, bits, row_offsets, spec.nnz, spec.out_features, spec.in_features, name=name)
+
+    @classmethod
+    def _stack(cls, specs: Sequence[Any], tensors: Sequence[Any]) -> tuple[Any, Sequence[Tensor]]:
+        out_features, nnz = (sum(getattr(spec, name) for spec in specs) for name in ("out_features", "nnz"))
+        return specs[0]._replace(out_features=out_features, nnz=nnz), bitmap.stack(tensors)
+
+    @classmethod
+    def _split(cls, spec: Any, tensors: Sequence[Tensor], counts: list[int]) -> list[tuple[Any, Sequence[Tensor]]]:
+        values, bits, row_offsets = tensors
+        parts = bitmap.split(values, bits, row_offsets, counts)
+        return [
+            (spec._replace(out_features=count, nnz=len(part[0])), part)
+            for count, part in zip(counts, parts, strict=True)
+        ]
 
     def _recast(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[BitmapSpec, Sequence[Tensor]]:
         # Another dtype may round weights to zero, which are not stored: so it goes through the dense weight.

@@ -16,7 +16,7 @@ from sparsebert.ops import int8 as op
 from sparsebert.ops import layout_choice
 from sparsebert.ops.activations import activate
 from sparsebert.ops.layouts import DENSE
-from sparsebert.ops.specs import Int8Spec
+from sparsebert.ops.specs import Int8Spec, Spec
 
 
 class Int8Linear(PackedLinear):
@@ -140,6 +140,39 @@ class Int8Linear(PackedLinear):
             nm.validate(values, others[0], spec.n, spec.m, *shape, name=name)
         if spec.activations == "static":
             int8.validate_input_scale(others[-1], name=name)
+
+    @classmethod
+    def _stack_refusal(cls, parts: Sequence[Int8Linear]) -> str | None:
+        if parts[0].spec.activations == "dynamic":
+            return None
+        for place, part in enumerate(parts):
+            if not part.has_input_scale:
+                return f"part {place} has no input_scale yet; call sparsebert.calibrate(model, batches) first"
+        first, *others = (part.neutral()[-1] for part in parts)
+        for place, scale in enumerate(others, 1):
+            if not torch.equal(scale, first):
+                return f"part {place} has input_scale {float(scale):g}, expected {float(first):g} as part 0"
+        return None
+
+    @classmethod
+    def _stack(cls, specs: Sequence[Any], tensors: Sequence[Sequence[Tensor]]) -> tuple[Any, Sequence[Tensor]]:
+        if specs[0].activations == "dynamic":
+            return super()._stack(specs, tensors)
+        # One scale for all of x, which the parts have alike.
+        spec, rows = super()._stack(specs, [own[:-1] for own in tensors])
+        return spec, [*rows, tensors[0][-1].clone()]
+
+    @classmethod
+    def _split(cls, spec: Any, tensors: Sequence[Tensor], counts: list[int]) -> list[tuple[Any, Sequence[Tensor]]]:
+        if spec.activations == "dynamic":
+            return super()._split(spec, tensors, counts)
+        found = super()._split(spec, tensors[:-1], counts)
+        return [(own, [*rows, tensors[-1].clone()]) for own, rows in found]
+
+    def _like(self, spec: Spec, tensors: Sequence[Tensor], bias: nn.Parameter | None) -> Int8Linear:
+        module = super()._like(spec, tensors, bias)
+        module.has_input_scale = self.has_input_scale
+        return module
 
     def finish_loading(self, name: str) -> None:
         super().finish_loading(name)

@@ -17,10 +17,12 @@ from sparsebert.ops.specs import LowRankSpec
 class LowRankLinear(PackedLinear):
     """y = (x vᵀ) uᵀ + b: buffers ``u (out, rank)`` and ``v (rank, in)`` of ``sparsebert.formats.low_rank``.
 
-    The factors are used as factors on every device, so fewer parameters are fewer operations.
+    The factors are used as factors on every device, so fewer parameters are fewer operations. A stack of such layers
+    (``nn.stack``) has the factors of each.
     """
 
     format = LowRankConfig.format
+    may_differ = ()
     spec: LowRankSpec
 
     def __init__(
@@ -55,10 +57,26 @@ class LowRankLinear(PackedLinear):
 
     def _validate(self, tensors: Sequence[Tensor], name: str) -> None:
         spec = self.spec
-        low_rank.validate(tensors[0], tensors[1], spec.rank, spec.out_features, spec.in_features, name=name)
+        sizes = (spec.rank, spec.out_features, spec.in_features)
+        low_rank.validate(tensors[0], tensors[1], *sizes, parts=spec.parts, name=name)
 
     def _recast(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[LowRankSpec, Sequence[Tensor]]:
         return self.spec, recast_factors(tensors, dtype)
+
+    @classmethod
+    def _stack_refusal(cls, parts: Sequence[PackedLinear]) -> str | None:
+        return refuse_stacks(parts)
+
+    @classmethod
+    def _stack(cls, specs: Sequence[Any], tensors: Sequence[Sequence[Tensor]]) -> tuple[Any, Sequence[Tensor]]:
+        # Rows of v as of u: each part's own ranks.
+        spec, factors = super()._stack(specs, tensors)
+        return spec._replace(parts=len(specs)), factors
+
+    @classmethod
+    def _split(cls, spec: Any, tensors: Sequence[Tensor], counts: list[int]) -> list[tuple[Any, Sequence[Tensor]]]:
+        factors = split_factors(spec, tensors, counts)
+        return [(spec._replace(out_features=len(u), parts=1), (u, v)) for u, v in factors]
 
 
 def factors_of(factors: Mapping[str, Tensor], weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -82,3 +100,20 @@ def recast_factors(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor
         if not torch.isfinite(tensor).all():
             raise ValueError(f"cast: {label} holds numbers beyond the range of {str(dtype).removeprefix('torch.')}")
     return recast
+
+
+def refuse_stacks(parts: Sequence[PackedLinear]) -> str | None:
+    """None, or which of ``parts`` is a stack of factors itself."""
+    for place, part in enumerate(parts):
+        if (held := part.spec.parts) > 1:  # type: ignore[union-attr]
+            return f"part {place} is a stack of {held} already, expected single layers"
+    return None
+
+
+def split_factors(spec: Any, tensors: Sequence[Tensor], counts: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """u and v of each part, new tensors; ``ValueError`` unless the parts are what ``counts`` asks for."""
+    own = [spec.out_features // spec.parts] * spec.parts
+    if counts != own:
+        raise ValueError(f"split: counts are {counts}, expected {own}, as a weight of {spec.label} is made of these")
+    u, v = (tensor.chunk(spec.parts) for tensor in tensors)
+    return [(part.clone(), ranks.clone()) for part, ranks in zip(u, v, strict=True)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsebert.configs import BitmapConfig, LowRankSparseConfig, NMConfig, RowsConfig
 from sparsebert.formats import bitmap, low_rank, nm, rows
-from sparsebert.nn.low_rank_linear import factors_of, recast_factors
+from sparsebert.nn.low_rank_linear import factors_of, recast_factors, refuse_stacks, split_factors
 from sparsebert.nn.packed_linear import PackedLinear, read_int
 from sparsebert.ops import low_rank_sparse as op
 from sparsebert.ops.specs import LowRankSparseSpec
@@ -22,6 +22,7 @@ class LowRankSparseLinear(PackedLinear):
     n:m or bitmap, see ``sparsebert.formats``)."""
 
     format = LowRankSparseConfig.format
+    may_differ = ("count",)
     spec: LowRankSparseSpec
 
     def __init__(
@@ -104,19 +105,52 @@ class LowRankSparseLinear(PackedLinear):
         spec = self.spec
         sizes = (spec.out_features, spec.in_features)
         u, v, *sparse = tensors
-        low_rank.validate(u, v, spec.rank, *sizes, name=name)
+        low_rank.validate(u, v, spec.rank, *sizes, parts=spec.parts, name=name)
         part = f"{name}: sparse"
         if spec.sparse == "rows":
-            rows.validate(sparse[0], sparse[1], spec.count, *sizes, name=part)
+            rows.validate(sparse[0], sparse[1], spec.count, *sizes, parts=spec.parts, name=part)
         elif spec.sparse == "nm":
             nm.validate(sparse[0], sparse[1], spec.n, spec.m, *sizes, name=part)
         else:
             bitmap.validate(sparse[0], sparse[1], sparse[2], spec.count, *sizes, name=part)
 
     def _recast(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[LowRankSparseSpec, Sequence[Tensor]]:
-        u, v, *sparse = tensors
-        remainder = op.unpack_sparse(sparse, self.spec).to(dtype)
         spec = self.spec
-        if spec.sparse == "bitmap":
-            spec = spec._replace(count=int((remainder != 0).sum()))
-        return spec, (*recast_factors((u, v), dtype), *op.pack_sparse(remainder, spec, name="cast"))
+        if spec.parts == 1:
+            return _recast(spec, tensors, dtype)
+        # Part by part: where a row rounds to zero, one of the same part fills up.
+        parts = self._split(spec, tensors, [spec.out_features // spec.parts] * spec.parts)
+        return self._stack(*zip(*(_recast(*part, dtype) for part in parts), strict=True))
+
+    @classmethod
+    def _stack_refusal(cls, parts: Sequence[PackedLinear]) -> str | None:
+        return refuse_stacks(parts)
+
+    @classmethod
+    def _stack(cls, specs: Sequence[Any], tensors: Sequence[Sequence[Tensor]]) -> tuple[Any, Sequence[Tensor]]:
+        out_features = [spec.out_features for spec in specs]
+        spec = specs[0]._replace(
+            count=sum(spec.count for spec in specs), out_features=sum(out_features), parts=len(specs)
+        )
+        u, v, *sparse = zip(*tensors, strict=True)
+        return spec, (torch.cat(u), torch.cat(v), *op.stack_sparse(list(zip(*sparse, strict=True)), spec))
+
+    @classmethod
+    def _split(cls, spec: Any, tensors: Sequence[Tensor], counts: list[int]) -> list[tuple[Any, Sequence[Tensor]]]:
+        u, v, *sparse = tensors
+        factors = split_factors(spec, (u, v), counts)
+        found: list[tuple[Any, Sequence[Tensor]]] = []
+        for own, part in zip(factors, op.split_sparse(sparse, spec), strict=True):
+            count = 0 if spec.sparse == "nm" else len(part[0])
+            found.append((spec._replace(count=count, out_features=len(own[0]), parts=1), (*own, *part)))
+        return found
+
+
+def _recast(
+    spec: LowRankSparseSpec, tensors: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[LowRankSparseSpec, Sequence[Tensor]]:
+    u, v, *sparse = tensors
+    remainder = op.unpack_sparse(sparse, spec).to(dtype)
+    if spec.sparse == "bitmap":
+        spec = spec._replace(count=int((remainder != 0).sum()))
+    return spec, (*recast_factors((u, v), dtype), *op.pack_sparse(remainder, spec, name="cast"))

@@ -47,6 +47,8 @@ class PackedLinear(nn.Module, ABC):
     format: ClassVar[str]
     # Layouts whose first tensor is the dense weight, for which torch's own linear is all there is to run.
     plain_layouts: ClassVar[tuple[str, ...]] = (DENSE,)
+    # Fields of the spec in which the parts of a stack may differ (nn.stacking).
+    may_differ: ClassVar[tuple[str, ...]] = ("out_features",)
 
     bias: nn.Parameter | None
     columns: Tensor | None
@@ -217,8 +219,13 @@ class PackedLinear(nn.Module, ABC):
         """This layer in a checkpoint's layer map: every tensor shape follows from it.
 
         ``in_features`` and ``out_features`` are those of the dense layer; ``columns``, ``kept_rows`` and
-        ``compact_input`` say what compaction left of it.
+        ``compact_input`` say what compaction left of it. ``ValueError`` for a stack of factors, which no map describes.
         """
+        if getattr(self.spec, "parts", 1) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: a stack of {self.spec.label} has no entry in a layer map, expected the layers "
+                f"that nn.split makes of it"
+            )
         entry = {
             "format": self.format,
             "in_features": self.dense_in_features,
@@ -267,6 +274,42 @@ class PackedLinear(nn.Module, ABC):
     @abstractmethod
     def _recast(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Spec, Sequence[Tensor]]:
         """Spec and neutral tensors in another dtype; ``ValueError`` where it cannot hold a weight."""
+
+    # From and to a stack
+
+    @classmethod
+    def _stack_refusal(cls, parts: Sequence[Self]) -> str | None:
+        """None, or what else keeps modules of this class, alike in all that every module has, from being a stack."""
+        return None
+
+    @classmethod
+    def _stack(cls, specs: Sequence[Any], tensors: Sequence[Sequence[Tensor]]) -> tuple[Any, Sequence[Tensor]]:
+        """Spec and neutral tensors of weights, one under the other. Here each tensor has a row for each output."""
+        spec = specs[0]._replace(out_features=sum(spec.out_features for spec in specs))
+        return spec, [torch.cat(one) for one in zip(*tensors, strict=True)]
+
+    @classmethod
+    def _split(cls, spec: Any, tensors: Sequence[Tensor], counts: list[int]) -> list[tuple[Any, Sequence[Tensor]]]:
+        """The inverse of ``_stack``: specs and new tensors of the next ``counts`` outputs each."""
+        parts = zip(*([rows.clone() for rows in tensor.split(counts)] for tensor in tensors), strict=True)
+        return [(spec._replace(out_features=count), part) for count, part in zip(counts, parts, strict=True)]
+
+    def _like(self, spec: Spec, tensors: Sequence[Tensor], bias: nn.Parameter | None) -> Self:
+        """A module with another weight and bias that takes x as this one does, neutral."""
+        module = self._of(
+            spec,
+            bias=bias is not None,
+            activation=self.activation,
+            device="meta",
+            dtype=self.dtype,
+            dense_in_features=self.dense_in_features,
+            compact_input=self.compact_input,
+        )
+        module._hold_neutral(spec, tensors)
+        if self.columns is not None:
+            module.columns = self.columns.clone()
+        module.bias = bias
+        return module.train(self.training)
 
     @property
     def description(self) -> str:

@@ -41,7 +41,10 @@ OVERLOADS: dict[str, torch._ops.OpOverload] = {}
 
 def define(library: torch.library.Library, op: str, spec_type: type[Spec]) -> None:
     """Defines ``op`` for weights of ``spec_type`` and its unpack op, with fakes, gradients and autocast rules."""
-    fields = ", ".join(f"{_SCHEMA_TYPES[str(kind)]} {name}" for name, kind in _fields(spec_type))
+    defaults = {name: f"={default}" for name, default in spec_type._field_defaults.items()}
+    fields = ", ".join(
+        f"{_SCHEMA_TYPES[str(kind)]} {name}{defaults.get(name, '')}" for name, kind in _fields(spec_type)
+    )
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define(
         f"{op}(Tensor x, Tensor[] weight, Tensor? bias, Tensor? columns=None, *, str layout, {fields}, "

@@ -17,35 +17,39 @@ from sparsebert.ops import layouts, reference, select
 from sparsebert.ops.activations import activate
 from sparsebert.ops.layouts import COMPUTE, Held
 from sparsebert.ops.select import Candidate, Problem
-from sparsebert.ops.specs import LowRankSpec
+from sparsebert.ops.specs import LowRankSparseSpec, LowRankSpec
 
 OP = "low_rank_linear"
 
 
 def low_rank_linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, *, layout: str, **sizes: Any) -> Tensor:
-    """y = activation((x vᵀ) uᵀ + b); keywords ``rank, in_features, out_features, activation``.
+    """y = activation((x vᵀ) uᵀ + b); keywords ``rank, in_features, out_features, parts=1, activation``.
 
-    ``weight`` in layout ``neutral``: ``u (out, rank)`` and ``v (rank, in)``. Errors as those of ``nm_linear``.
+    ``weight`` in layout ``neutral``: ``u (out, rank)`` and ``v (parts * rank, in)``, of so many products one under the
+    other (``formats.low_rank``). Errors as those of ``nm_linear``.
     """
     return torch.ops.sparsebert.low_rank_linear(x, weight, bias, layout=layout, **sizes)
 
 
 def tensors(spec: LowRankSpec) -> dict[str, Held]:
-    return {
-        "u": Held((spec.out_features, spec.rank), COMPUTE),
-        "v": Held((spec.rank, spec.in_features), COMPUTE),
-    }
+    return factors(spec, spec.rank)
+
+
+def factors(spec: LowRankSpec | LowRankSparseSpec, rank: int) -> dict[str, Held]:
+    """u and v, held with ``rank`` ranks a part."""
+    u, v = low_rank.packed_shapes(rank, spec.out_features, spec.in_features, spec.parts)
+    return {"u": Held(u, COMPUTE), "v": Held(v, COMPUTE)}
 
 
 def unpack(weight: list[Tensor], spec: LowRankSpec, dtype: torch.dtype | None = None) -> Tensor:
     """The product, in the factors' dtype."""
-    return low_rank.unpack(weight[0], weight[1])
+    return low_rank.unpack(weight[0], weight[1], spec.parts)
 
 
 def multiply(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
     """torch's linear on each factor."""
     u, v = weight
-    return activate(F.linear(F.linear(x, v), u, bias), problem.activation)
+    return activate(reference.through_u(F.linear(x, v), u, bias, problem.spec.parts), problem.activation)
 
 
 layouts.add(layouts.neutral(OP, tensors, unpack))

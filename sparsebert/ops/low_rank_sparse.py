@@ -2,13 +2,14 @@
 
 S has whole rows (``rows``), an n:m pattern (``nm``) or any places (``bitmap``). See ``ops.linear`` for the contract.
 
-Layouts besides ``neutral``: ``stacked`` (rows only) holds v and the rows of S as one matrix ``(rank + count, in)``, so
-that x is read once: [t; s] = x [v; S']ᵀ, y = t uᵀ, y[:, rows] += s. ``dense`` holds the unpacked weight beside the
-neutral tensors, which cannot be told from it.
+Layouts besides ``neutral``: ``stacked`` (rows only) holds v and the rows of S as one matrix ``(parts * rank + count,
+in)``, so that x is read once: [t; s] = x [v; S']ᵀ, y = t uᵀ, y[:, rows] += s. ``dense`` holds the unpacked weight
+beside the neutral tensors, which cannot be told from it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from sparsebert.formats import bitmap, low_rank, nm, rows
 from sparsebert.ops import layouts, reference, select
 from sparsebert.ops.activations import activate
 from sparsebert.ops.layouts import COMPUTE, Held, Layout
+from sparsebert.ops.low_rank import factors
 from sparsebert.ops.select import Candidate, Problem
 from sparsebert.ops.specs import LowRankSparseSpec
 
@@ -30,10 +32,11 @@ def low_rank_sparse_linear(
     x: Tensor, weight: list[Tensor], bias: Tensor | None, *, layout: str, **sizes: Any
 ) -> Tensor:
     """y = activation((x vᵀ) uᵀ + x Sᵀ + b); keywords ``rank, sparse, n, m, count, in_features, out_features,
-    activation`` (see ``ops.specs.LowRankSparseSpec``).
+    parts=1, activation`` (see ``ops.specs.LowRankSparseSpec``).
 
-    ``weight`` in layout ``neutral``: ``u (out, rank)``, ``v (rank, in)`` and the tensors of S: ``rows`` and ``values``,
-    ``values`` and ``positions``, or ``values``, ``bitmap`` and ``row_offsets``. Errors as those of ``nm_linear``.
+    ``weight`` in layout ``neutral``: ``u (out, rank)``, ``v (parts * rank, in)`` and the tensors of S: ``rows`` and
+    ``values``, ``values`` and ``positions``, or ``values``, ``bitmap`` and ``row_offsets``. Errors as those of
+    ``nm_linear``.
     """
     return torch.ops.sparsebert.low_rank_sparse_linear(x, weight, bias, layout=layout, **sizes)
 
@@ -74,10 +77,32 @@ def pack_sparse(dense: Tensor, spec: LowRankSparseSpec, *, name: str = "weight")
     return list(bitmap.pack(dense, name=name, nnz=spec.count))
 
 
+def stack_sparse(parts: Sequence[Sequence[Tensor]], spec: LowRankSparseSpec) -> list[Tensor]:
+    """The tensors of S of those of ``spec.parts`` of one size, one under the other."""
+    if spec.sparse == "rows":
+        return list(rows.stack([(part[0], part[1]) for part in parts], _sizes(spec)))
+    if spec.sparse == "nm":
+        return [torch.cat(one) for one in zip(*parts, strict=True)]
+    return list(bitmap.stack([(part[0], part[1], part[2]) for part in parts]))
+
+
+def split_sparse(sparse: Sequence[Tensor], spec: LowRankSparseSpec) -> list[tuple[Tensor, ...]]:
+    """Inverse of ``stack_sparse``: new tensors, as many rows or non-zeros each as its part had."""
+    if spec.sparse == "rows":
+        return [*rows.split(sparse[0], sparse[1], _sizes(spec))]
+    if spec.sparse == "nm":
+        return [*zip(*([rows.clone() for rows in one.chunk(spec.parts)] for one in sparse), strict=True)]
+    return [*bitmap.split(sparse[0], sparse[1], sparse[2], _sizes(spec))]
+
+
+def _sizes(spec: LowRankSparseSpec) -> list[int]:
+    """The features of each part."""
+    return [spec.out_features // spec.parts] * spec.parts
+
+
 def tensors(spec: LowRankSparseSpec) -> dict[str, Held]:
     return {
-        "u": Held((spec.out_features, spec.rank), COMPUTE),
-        "v": Held((spec.rank, spec.in_features), COMPUTE),
+        **factors(spec, spec.rank),
         **{f"sparse.{name}": held for name, held in sparse_tensors(spec).items()},
     }
 
@@ -86,14 +111,14 @@ def unpack(weight: list[Tensor], spec: LowRankSparseSpec, dtype: torch.dtype | N
     """u v + S in their own dtype, rounded once."""
     u, v, *sparse = weight
     if u.dtype in (torch.float16, torch.bfloat16):
-        return low_rank.unpack(u.float(), v.float()).add_(unpack_sparse(sparse, spec)).to(u.dtype)
-    return low_rank.unpack(u, v).add_(unpack_sparse(sparse, spec))
+        return low_rank.unpack(u.float(), v.float(), spec.parts).add_(unpack_sparse(sparse, spec)).to(u.dtype)
+    return low_rank.unpack(u, v, spec.parts).add_(unpack_sparse(sparse, spec))
 
 
 def multiply(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
     """torch's linear on each factor and on the unpacked sparse part."""
     u, v, *sparse = weight
-    y = F.linear(F.linear(x, v), u, bias)
+    y = reference.through_u(F.linear(x, v), u, bias, problem.spec.parts)
     if problem.spec.sparse == "rows":
         y.index_add_(-1, sparse[0], F.linear(x, sparse[1]))
     else:
@@ -103,15 +128,21 @@ def multiply(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Prob
 
 def _stacked(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
     stacked, u, places = weight
-    t, s = F.linear(x, stacked).split((problem.spec.rank, problem.spec.count), dim=-1)
-    y = F.linear(t, u, bias)
+    spec: LowRankSparseSpec = problem.spec
+    t, s = F.linear(x, stacked).split((_ranks(spec), spec.count), dim=-1)
+    y = reference.through_u(t, u, bias, spec.parts)
     return activate(y.index_add_(-1, places, s), problem.activation)
+
+
+def _ranks(spec: LowRankSparseSpec) -> int:
+    """The rows of v."""
+    return spec.parts * spec.rank
 
 
 def _stacked_tensors(spec: LowRankSparseSpec) -> dict[str, Held]:
     return {
-        "stacked": Held((spec.rank + spec.count, spec.in_features), COMPUTE),
-        "u": Held((spec.out_features, spec.rank), COMPUTE),
+        "stacked": Held((_ranks(spec) + spec.count, spec.in_features), COMPUTE),
+        "u": factors(spec, spec.rank)["u"],
         "rows": Held((spec.count,), torch.int32),
     }
 
@@ -124,7 +155,7 @@ def _stack(weight: list[Tensor], spec: LowRankSparseSpec, dtype: torch.dtype) ->
 def _unstack(weight: list[Tensor], spec: LowRankSparseSpec) -> list[Tensor]:
     stacked, u, places = weight
     # Copies: a slice would keep the whole stack alive.
-    return [u, stacked[: spec.rank].clone(), places, stacked[spec.rank :].clone()]
+    return [u, stacked[: _ranks(spec)].clone(), places, stacked[_ranks(spec) :].clone()]
 
 
 layouts.add(layouts.neutral(OP, tensors, unpack))

@@ -3,6 +3,7 @@ to its numbers."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,6 +15,14 @@ from sparsebert.ops.select import Candidate, Problem
 def always(problem: Problem) -> None:
     """``supports`` of a candidate that never refuses."""
     return None
+
+
+def through_u(t: Tensor, u: Tensor, bias: Tensor | None, parts: int) -> Tensor:
+    """t uᵀ + b for ``t (..., parts * rank)`` and ``u (out, rank)``: each part of u with the ranks of its own."""
+    if parts == 1:
+        return F.linear(t, u, bias)
+    biases = [None] * parts if bias is None else bias.chunk(parts)
+    return torch.cat([F.linear(*one) for one in zip(t.chunk(parts, -1), u.chunk(parts), biases, strict=True)], -1)
 
 
 def unpacked(op: str, layout: str) -> Candidate:

@@ -1,7 +1,7 @@
 """What an op is told about a weight besides its tensors: the pattern and the sizes, one named tuple an op.
 
-The fields are the op's keyword arguments, in order; ``op`` is its name and ``label`` how tables and messages call the
-pattern. ``SPECS`` has all that are linear layers, by op.
+The fields are the op's keyword arguments, in order, with their defaults; ``op`` is its name and ``label`` how tables
+and messages call the pattern. ``SPECS`` has all that are linear layers, by op.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ class BitmapSpec(NamedTuple):
 
 
 class LowRankSpec(NamedTuple):
-    """A product of two factors."""
+    """A product of two factors; or ``parts`` of them of one size, one under the other (``formats.low_rank``)."""
 
     rank: int
     in_features: int
     out_features: int
+    parts: int = 1
 
     @property
     def op(self) -> str:
@@ -55,14 +56,14 @@ class LowRankSpec(NamedTuple):
 
     @property
     def label(self) -> str:
-        return f"rank {self.rank}"
+        return _rank_label(self.rank, self.parts)
 
 
 class LowRankSparseSpec(NamedTuple):
     """A product of two factors plus a sparse part.
 
     ``sparse`` is ``rows``, ``nm`` or ``bitmap``. ``n`` and ``m`` are those of ``nm`` (1 and 1 else); ``count`` is the
-    number of rows or of non-zeros (0 for ``nm``).
+    number of rows or of non-zeros (0 for ``nm``). ``parts``: of the factors, as in ``LowRankSpec``; S is one.
     """
 
     rank: int
@@ -72,6 +73,7 @@ class LowRankSparseSpec(NamedTuple):
     count: int  # type: ignore[assignment]  # hides a method of tuples that nothing here needs
     in_features: int
     out_features: int
+    parts: int = 1
 
     @property
     def op(self) -> str:
@@ -79,11 +81,12 @@ class LowRankSparseSpec(NamedTuple):
 
     @property
     def label(self) -> str:
+        factors = _rank_label(self.rank, self.parts)
         if self.sparse == "nm":
-            return f"rank {self.rank} + {self.n}:{self.m}"
+            return f"{factors} + {self.n}:{self.m}"
         if self.sparse == "rows":
-            return f"rank {self.rank} + {self.count} rows"
-        return f"rank {self.rank} + bitmap {self.count / max(1, self.in_features * self.out_features):.3g}"
+            return f"{factors} + {self.count} rows"
+        return f"{factors} + bitmap {self.count / max(1, self.in_features * self.out_features):.3g}"
 
 
 class Int8Spec(NamedTuple):
@@ -195,6 +198,10 @@ class EmbeddingSpec(NamedTuple):
     @property
     def label(self) -> str:
         return ""
+
+
+def _rank_label(rank: int, parts: int) -> str:
+    return f"rank {rank}" if parts == 1 else f"{parts} of rank {rank}"
 
 
 Spec = (

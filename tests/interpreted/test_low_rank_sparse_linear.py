@@ -18,13 +18,15 @@ SIZES = [(100, 80, 5), (8, 144, 16), (1, 16, 1), (136, 208, 48), (65, 72, 24)]
 TOKENS = (1, 7, 33, 127)
 DTYPES = [torch.float16, torch.float32]
 KINDS = ("none", "rows", "nm", "bitmap")
+# (parts, features of each, in_features, rank): tiles that meet two parts, three, all of five, and one alone.
+PARTED = [(3, 37, 80, 5), (2, 65, 72, 24), (5, 5, 48, 3), (3, 128, 64, 48)]
 
 
-def made(kind, out_features, in_features, rank, dtype):
+def made(kind, out_features, in_features, rank, dtype, parts=1):
     """A spec, its neutral tensors, and S or None."""
-    u, v = torch.randn(out_features, rank).to(dtype), torch.randn(rank, in_features).to(dtype)
+    u, v = torch.randn(out_features, rank).to(dtype), torch.randn(parts * rank, in_features).to(dtype)
     if kind == "none":
-        return LowRankSpec(rank, in_features, out_features), [u, v], None
+        return LowRankSpec(rank, in_features, out_features, parts), [u, v], None
     s = torch.randn(out_features, in_features)
     n, m, count = 1, 1, 0
     if kind == "nm":
@@ -34,7 +36,7 @@ def made(kind, out_features, in_features, rank, dtype):
         keep = torch.rand(out_features, 1 if kind == "rows" else in_features) < 0.3
         keep.view(-1)[0] = True
         s, count = (s * keep).to(dtype), int(keep.sum())
-    spec = LowRankSparseSpec(rank, kind, n, m, count, in_features, out_features)
+    spec = LowRankSparseSpec(rank, kind, n, m, count, in_features, out_features, parts)
     return spec, [u, v, *low_rank_sparse.pack_sparse(s, spec)], s
 
 
@@ -86,6 +88,49 @@ def test_numbers_against_float64(kind, inside, dtype):
                     problem = select.problem_of(spec, layout, x[:tokens], "none")
                     config = next(c for c in kernel.configurations(problem) if c.inside is inside)
                     expected.check(kernel.run(x[:tokens], weight, b, problem, configuration=config), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_against_float64(kind, dtype):
+    """Each part's rows of u with its own ranks of t, as the product with a u of blocks; t is inside where each tile is
+    of one part."""
+    for parts, features, in_features, rank in PARTED:
+        spec, neutral, s = made(kind, parts * features, in_features, rank, dtype, parts)
+        x, bias = torch.randn(33, in_features).to(dtype), torch.randn(parts * features).to(dtype)
+        blocks = torch.block_diag(*neutral[0].chunk(parts))
+        expected = Expected(x, blocks, neutral[1], s, bias, "none")
+        for layout in layouts_of(spec, dtype):
+            weight = layouts.get(spec.op, layout).from_neutral(neutral, spec, dtype)
+            (kernel,) = (c for c in select.candidates(spec.op, layout) if c.backend == "triton")
+            problem = select.problem_of(spec, layout, x, "none")
+            configs = {c.inside: c for c in reversed(kernel.configurations(problem))}
+            inside = kind != "rows" and features == 128
+            assert set(configs) == ({False, True} if inside else {False})
+            for config in configs.values():
+                assert not config.inside or features % config.block_m == 0
+                expected.check(kernel.run(x, weight, bias, problem, configuration=config), dtype)
+
+
+@pytest.mark.parametrize("layout", ["neutral", "padded"])
+def test_a_part_sees_nothing_of_the_others(layout):
+    """NaN in one part's factors stays in its features."""
+    parts, features, rank = 3, 37, 16 if layout == "neutral" else 5
+    spec, neutral, _ = made("none", parts * features, 48, rank, torch.float32, parts)
+    x = torch.randn(9, 48)
+    known = layouts.get(spec.op, layout)
+    (kernel,) = (c for c in select.candidates(spec.op, layout) if c.backend == "triton")
+    problem = select.problem_of(spec, layout, x, "none")
+    (config, *_) = kernel.configurations(problem)
+    clean = kernel.run(x, known.from_neutral(neutral, spec, torch.float32), None, problem, configuration=config)
+    for part in range(parts):
+        own = torch.arange(parts * features) // features == part
+        for poisoned in (0, 1):
+            tensors = [t.clone() for t in neutral]
+            tensors[poisoned].chunk(parts)[part].fill_(torch.nan)
+            weight = known.from_neutral(tensors, spec, torch.float32)
+            y = kernel.run(x, weight, None, problem, configuration=config)
+            assert y[:, own].isnan().all() and torch.equal(y[:, ~own], clean[:, ~own])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -48,6 +48,8 @@ def unfit(spec: Spec, dtype: torch.dtype) -> str | None:
     """None, or why no device can hold a weight of ``spec`` in ``mma_sp``."""
     if isinstance(spec, LowRankSparseSpec) and spec.sparse != "nm":
         return f"needs a sparse part at n:m, not {spec.sparse}"
+    if isinstance(spec, LowRankSparseSpec) and spec.parts > 1:
+        return f"needs one product of factors, not {spec.parts}"
     pattern = (getattr(spec, "n", 0), getattr(spec, "m", 0))
     if pattern not in mma_sp.PATTERNS:
         return f"needs a 2:4 pattern, not {pattern[0]}:{pattern[1]}"

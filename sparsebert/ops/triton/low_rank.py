@@ -61,12 +61,18 @@ def configurations(problem: Problem) -> Sequence[Config]:
     if power_of_two(spec.rank) * itemsize <= _MOST_INSIDE_BYTES:
         inside.append(not inside[0])
 
+    def choices(block_m: int) -> list[bool]:
+        # Inside is the t of one part, which all features of a tile have to be of. Whole rows mix those of all parts.
+        mixed = sparse == "rows" or spec.out_features // spec.parts % block_m
+        return [False] if spec.parts > 1 and mixed else inside
+
     def found() -> Iterator[Config]:
         from sparsebert.kernels.low_rank_sparse_linear import Config
 
         for tile in around(problem, block_m, block_n, block_k, itemsize=itemsize, wide=True, full=slow, splits=1):
             # Both choices with 3 steps in flight, the better one with other numbers.
-            for choice in inside if tile.num_stages == 3 else inside[:1]:
+            either = choices(tile.block_m)
+            for choice in either if tile.num_stages == 3 else either[:1]:
                 # 8 warps would load fewer than 32 ranks 8 bytes at a time, and hold a tile of x in two forms for fewer
                 # ranks than features.
                 least = 64 if sparse == "bitmap" else 32
@@ -120,18 +126,20 @@ def _padded_rank(spec: LowRankSpec | LowRankSparseSpec) -> int:
 
 
 def _pad(u: Tensor, v: Tensor, spec: LowRankSpec | LowRankSparseSpec) -> list[Tensor]:
-    more = _padded_rank(spec) - spec.rank
-    return [F.pad(u, (0, more)), F.pad(v, (0, 0, 0, more))] if more else [u, v]
+    if not (more := _padded_rank(spec) - spec.rank):
+        return [u, v]
+    return [F.pad(u, (0, more)), F.pad(v.unflatten(0, (spec.parts, spec.rank)), (0, 0, 0, more)).flatten(0, 1)]
 
 
 def _unpad(u: Tensor, v: Tensor, spec: LowRankSpec | LowRankSparseSpec) -> list[Tensor]:
+    if u.shape[1] == spec.rank:
+        return [u, v]
     # Copies: slices would keep the padded factors alive.
-    return [u[:, : spec.rank].clone(), v[: spec.rank].clone()] if len(v) > spec.rank else [u, v]
+    return [u[:, : spec.rank].clone(), torch.cat([part[: spec.rank] for part in v.chunk(spec.parts)])]
 
 
 def _factors(spec: LowRankSpec | LowRankSparseSpec) -> dict[str, Held]:
-    rank = _padded_rank(spec)
-    return {"u": Held((spec.out_features, rank), COMPUTE), "v": Held((rank, spec.in_features), COMPUTE)}
+    return low_rank.factors(spec, _padded_rank(spec))
 
 
 def _padded_refusal(spec: LowRankSpec | LowRankSparseSpec, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -196,7 +204,7 @@ def _ungroup(weight: list[Tensor], spec: LowRankSparseSpec) -> list[Tensor]:
 
 def _grouped(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
     u, v, order, values = weight
-    y = F.linear(F.linear(x, v), u, bias)
+    y = reference.through_u(F.linear(x, v), u, bias, problem.spec.parts)
     return activate(y.index_add_(-1, order[: problem.spec.count], F.linear(x, values)), problem.activation)
 
 
