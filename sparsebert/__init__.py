@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sparsebert.configs import RowsConfig as RowsConfig
     from sparsebert.hf.checkpoint import load_pretrained as load_pretrained
     from sparsebert.hf.checkpoint import save_pretrained as save_pretrained
+    from sparsebert.hf.fusion import fuse_ as fuse_
+    from sparsebert.hf.fusion import unfuse_ as unfuse_
     from sparsebert.nn.int8_linear import quantizing as quantizing
     from sparsebert.ops.select import backend as backend
     from sparsebert.plan import CompressionPlan as CompressionPlan
@@ -57,6 +59,8 @@ _NAMES = {
     "size_report": "sparsebert.report",
     "explain": "sparsebert.report",
     "tune": "sparsebert.tuning",
+    "fuse_": "sparsebert.hf.fusion",
+    "unfuse_": "sparsebert.hf.fusion",
     "load_pretrained": "sparsebert.hf.checkpoint",
     "save_pretrained": "sparsebert.hf.checkpoint",
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsebert.formats import int8
 from sparsebert.nn import Int8Linear, quantizing
 from sparsebert.report import packed_layers, table
+from sparsebert.roles import refuse_fused
 
 METHODS = ("minmax", "percentile", "mse")
 # Bins of the histogram of |x|: fine enough for 16 candidates a step of the int8 grid.
@@ -77,6 +78,7 @@ def calibrate(
         raise ValueError(f"calibrate: method is {method!r}, expected one of {', '.join(METHODS)}")
     if not 0 < percentile <= 100:
         raise ValueError(f"calibrate: percentile is {percentile}, expected above 0 and at most 100")
+    refuse_fused(model, "calibrate")
     layers = {
         path: module
         for path, module in packed_layers(model)

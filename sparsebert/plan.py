@@ -25,7 +25,7 @@ from sparsebert.configs import (
     config_from_dict,
 )
 from sparsebert.formats import nm, one_shot
-from sparsebert.roles import ROLES, find_layers, linear_paths, summarize, weight_use
+from sparsebert.roles import ROLES, find_layers, linear_paths, refuse_fused, summarize, weight_use
 
 PLAN_VERSION = 1
 PLAN_FILE = "plan.json"
@@ -213,6 +213,7 @@ def select(
     None leaves a layer dense. ``ignore`` holds paths or patterns to leave out. ``ValueError`` where a key matches
     nothing, is a role that the model's family has not, or nothing is chosen, listing what there was.
     """
+    refuse_fused(model, "selection")
     linears = linear_paths(model)
     if isinstance(selection, CONFIG_TYPES):
         by_role: dict[str, Config | None] = dict.fromkeys(ROLES, selection)

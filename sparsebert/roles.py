@@ -19,6 +19,8 @@ from types import CodeType
 from torch import nn
 
 ROLES = ("query", "key", "value", "query_key_value", "attention_output", "intermediate", "output")
+# Of a layer whose query, key and value are one.
+_MERGED = ROLES[3:]
 
 
 @dataclass(frozen=True)
@@ -198,11 +200,7 @@ def find_layers(model: nn.Module) -> list[LayerRef]:
     family = family_of(model)
     sizes: list[int | None] = [getattr(model.config, name, None) for name in family.counts]
     found: dict[tuple[int, str], LayerRef] = {}
-    for path, module in model.named_modules():
-        place = family.match(path, inner=sizes[-1] or 1)
-        if place is None:
-            continue
-        role, index = place
+    for path, module, role, index in _places(model, family, inner=sizes[-1] or 1):
         if (index, role) in found:
             raise ValueError(
                 f"{type(model).__name__}: two layers are {role} of encoder layer {index}: "
@@ -212,13 +210,34 @@ def find_layers(model: nn.Module) -> list[LayerRef]:
     # A module that borrows a config of its own making may not say how many layers it has.
     highest = max((i for i, _ in found), default=-1)
     count = highest + 1 if None in sizes else math.prod(size or 0 for size in sizes)
-    missing = [f"{role} of layer {i}" for i in range(count) for role in family.roles if (i, role) not in found]
+    merged = {i: _MERGED for i, role in found if role == _MERGED[0]}
+    expected = [(i, role) for i in range(count) for role in merged.get(i, family.roles)]
+    missing = [f"{role} of layer {i}" for i, role in expected if (i, role) not in found]
     if missing or not found:
         raise ValueError(
             f"{type(model).__name__}: model_type {model_type(model)!r} lacks {summarize(missing) or 'every role'}; "
             f"its linear layers: {summarize(linear_paths(model)) or 'none'}"
         )
-    return [found[i, role] for i in range(count) for role in family.roles]
+    return [found[place] for place in expected]
+
+
+def _places(model: nn.Module, family: Family, inner: int) -> Iterator[tuple[str, nn.Module, str, int]]:
+    """``(path, module, role, index)`` of every encoder linear; those of a fused layer (``sparsebert.fuse_``) have the
+    names of their roles."""
+    for path, module in model.named_modules():
+        if place := family.match(path, inner):
+            yield path, module, *place
+        for role in getattr(module, "fused_roles", ()):
+            # The layer is where its family's layers are, so any of their linears tells which it is.
+            place = family.match(f"{path}.{family.roles['output']}", inner)
+            if place is not None:
+                yield f"{path}.{role}", module.get_submodule(role), role, place[1]
+
+
+def refuse_fused(model: nn.Module, what: str) -> None:
+    """``ValueError`` where a layer of ``model`` is fused: ``what`` works on the layers as the family has them."""
+    if any(hasattr(module, "fused_roles") for module in model.modules()):
+        raise ValueError(f"{what}: {type(model).__name__} is fused; call sparsebert.unfuse_(model) first")
 
 
 def feed_forward_pairs(model: nn.Module) -> list[tuple[LayerRef, LayerRef]]:

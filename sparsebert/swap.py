@@ -14,7 +14,7 @@ from sparsebert.formats import nm, one_shot
 from sparsebert.nn import MODULES, PackedLinear
 from sparsebert.plan import CompressionPlan, Selection, match_linears, obstacle, refusal, select
 from sparsebert.report import CompressedLayer, Report, packed_layers, role_of, size_report
-from sparsebert.roles import LayerRef, feed_forward_pairs
+from sparsebert.roles import LayerRef, feed_forward_pairs, refuse_fused
 
 QUANT_METHOD = "sparsebert"
 FORMAT_VERSION = 1
@@ -42,6 +42,7 @@ def compress_(
     where nothing is left to pack, a pattern matches nothing, a plan does not hold or a weight holds NaN; the model is
     then as it was.
     """
+    refuse_fused(model, "compress_")
     skipped: dict[str, str] = {}
     factors: Mapping[str, Mapping[str, Tensor]] | None = None
     ignore = tuple(ignore)
@@ -83,6 +84,7 @@ def compress_(
 def decompress_(model: nn.Module) -> nn.Module:
     """Turns every packed layer back into an ``nn.Linear`` (dropped weights are zeros) and clears all trace of it from
     the model and its config. In place; returns ``model``. ``ValueError`` where nothing is packed."""
+    refuse_fused(model, "decompress_")
     dense = {path: module.to_linear() for path, module in packed_layers(model)}
     swap_in_(model, dense)
     for owner in {id(m): m for m in model.modules() if hasattr(m, "config")}.values():

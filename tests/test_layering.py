@@ -64,11 +64,11 @@ RULES = {
     "report": Rule(uses=("nn", "ops", "formats", "plan", "roles", "configs")),
     "swap": Rule(uses=("nn", "formats", "configs", "plan", "roles", "report")),
     "methods": Rule(uses=("formats", "configs", "plan", "roles")),
-    "calibration": Rule(uses=("nn", "formats", "report")),
+    "calibration": Rule(uses=("nn", "formats", "report", "roles")),
     "tuning": Rule(uses=("nn", "ops", "roles", "report", "swap", "bench.timing")),
     # transformers lives here and nowhere else.
     "hf": Rule(
-        uses=("swap", "methods", "nn", "report", "plan", "configs", "storage"),
+        uses=("swap", "methods", "nn", "ops", "report", "plan", "configs", "roles", "storage"),
         packages=("torch", "transformers", "safetensors"),
         lazy_packages=("accelerate",),
     ),

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from sparsebert.hf.callback import CompressionCallback as CompressionCallback
     from sparsebert.hf.checkpoint import load_pretrained as load_pretrained
     from sparsebert.hf.checkpoint import save_pretrained as save_pretrained
+    from sparsebert.hf.fusion import FuseReport as FuseReport
+    from sparsebert.hf.fusion import fuse_ as fuse_
+    from sparsebert.hf.fusion import unfuse_ as unfuse_
     from sparsebert.hf.quantizer import SparsebertConfig as SparsebertConfig
     from sparsebert.hf.quantizer import SparsebertHfQuantizer as SparsebertHfQuantizer
     from sparsebert.hf.trainer import CompressionTrainer as CompressionTrainer
@@ -19,10 +22,13 @@ _NAMES = {
     "CompressionCallback": "sparsebert.hf.callback",
     "CompressionTrainer": "sparsebert.hf.trainer",
     "CompressionTrainerMixin": "sparsebert.hf.trainer",
+    "FuseReport": "sparsebert.hf.fusion",
     "SparsebertConfig": "sparsebert.hf.quantizer",
     "SparsebertHfQuantizer": "sparsebert.hf.quantizer",
+    "fuse_": "sparsebert.hf.fusion",
     "load_pretrained": "sparsebert.hf.checkpoint",
     "save_pretrained": "sparsebert.hf.checkpoint",
+    "unfuse_": "sparsebert.hf.fusion",
 }
 
 __all__ = [*_NAMES]

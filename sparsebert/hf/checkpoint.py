@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from sparsebert import storage
 from sparsebert.hf import quantizer
+from sparsebert.hf.fusion import unfused
 from sparsebert.hf.model_card import MARKER, model_card
 from sparsebert.hf.quantizer import SparsebertConfig
 from sparsebert.swap import QUANT_METHOD, quantization_config
@@ -108,10 +109,11 @@ def save_pretrained(
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_pretrained: {folder} is a file, expected a folder")
-    # The model may have been cast or swapped since compress_ wrote the map.
-    model.config.quantization_config = quantization_config(model)
     sharding: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    model.save_pretrained(folder, **sharding)
+    with unfused(model):
+        # The model may have been cast or swapped since compress_ wrote the map.
+        model.config.quantization_config = quantization_config(model)
+        model.save_pretrained(folder, **sharding)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     card = folder / "README.md"

@@ -13,7 +13,7 @@ from sparsebert.configs import ACTIVATION_MODES, Int8Config, NMConfig
 from sparsebert.formats import int8, nm
 from sparsebert.nn.packed_linear import PackedLinear, read_int
 from sparsebert.ops import int8 as op
-from sparsebert.ops import layout_choice
+from sparsebert.ops import int8_linear_from_int8, int8_linear_to_int8, layout_choice
 from sparsebert.ops.activations import activate
 from sparsebert.ops.layouts import DENSE
 from sparsebert.ops.specs import Int8Spec, Spec
@@ -80,6 +80,29 @@ class Int8Linear(PackedLinear):
             if name.endswith("input_scale"):
                 self._tensor(name).fill_(value)
         self.has_input_scale = True
+
+    # For a fused encoder layer, where what comes before writes the integers.
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether a call rounds the x that it gets to int8: not where the layout is ``dense``, nor before columns of x
+        are taken."""
+        return self.layout != DENSE and (self.columns is None or self.compact_input)
+
+    @property
+    def static_scale(self) -> Tensor | None:
+        """The step of static activations, fp32 ``()``; None where they are dynamic."""
+        return self._weight()[-1] if self.spec.activations == "static" else None
+
+    def from_int8(self, q: Tensor, s: Tensor, *, activation: str, dtype: torch.dtype) -> Tensor:
+        """``activation`` of the product in ``dtype``, of x as ``ops.quantize_rows(x, input_scale)`` gives it."""
+        weight, keywords = self._weight(), self._keywords
+        return int8_linear_from_int8(q, s, weight, self.bias, dtype=dtype, activation=activation, **keywords)
+
+    def to_int8(self, q: Tensor, s: Tensor, output_scale: Tensor, *, activation: str) -> tuple[Tensor, Tensor]:
+        """The same as int8 rows by the step ``output_scale``, and their scales."""
+        weight, keywords = self._weight(), self._keywords
+        return int8_linear_to_int8(q, s, weight, self.bias, output_scale, activation=activation, **keywords)
 
     def _forward_dynamic(self, x: Tensor) -> Tensor:
         spec = self.spec._replace(activations="dynamic")
