@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -49,8 +50,8 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
         self._done = torch.cuda.Event()
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     @staticmethod
     def refusal(device: torch.device) -> str | None:
@@ -79,6 +80,9 @@ class Graphs:
         captured. Only this thread's calls count: others may allocate meanwhile, but not wait for the device."""
         current, stream = torch.cuda.current_stream(self.device), self._stream
         cause: Exception | None = None
+        if not self._alive:
+            # The allocator gives up a pool that no graph uses.
+            self._pool = torch.cuda.graph_pool_handle()
         stream.wait_stream(current)
         try:
             # Where a capture fails, torch leaves its stream the current one; this puts the caller's back.
@@ -96,6 +100,7 @@ class Graphs:
                         cause = error  # the end of a broken capture raises an error of its own, which says less
                         raise
                 taken = max(0, torch.cuda.memory_reserved() - before)
+                self._alive.add(graph)
         except Exception as error:
             # The allocator may go on taking this pool for one that is recorded to.
             self._pool = torch.cuda.graph_pool_handle()

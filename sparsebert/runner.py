@@ -208,7 +208,6 @@ class Runner:
             self._held.clear()
             self._weights.clear()
             self._failed.clear()
-            self._devices.clear()
 
     def _encode(self, encoder: nn.Module, run: Encode, tokens: Tokens, *, count: int = 1) -> Tensor:
         """``run(tokens)``, from a graph where there can be one. ``count``: 0 where no user's call is behind it."""

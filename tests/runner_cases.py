@@ -54,6 +54,14 @@ class FusedEncoder(nn.Module):
         return y.masked_fill((rows >= tokens.cu_seqlens[-1])[:, None], torch.nan)
 
 
+class WaitingEncoder(FusedEncoder):
+    """Waits for the device, which no capture allows."""
+
+    def compute(self, tokens: Tokens) -> Tensor:
+        float(tokens.cu_seqlens[-1])
+        return super().compute(tokens)
+
+
 class Classifier(nn.Module):
     """One head over the first tokens of one or more encoders."""
 
@@ -65,6 +73,19 @@ class Classifier(nn.Module):
     def forward(self, **inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
         hidden = [encoder(**inputs) for encoder in self.encoders]
         return self.head(torch.cat(hidden, -1)[:, 0]), hidden
+
+
+class Bare(nn.Module):
+    """Gives what ``encode`` gives, without a copy of it: the output of the sequences of a batch without padding."""
+
+    def __init__(self, encoder: FusedEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
+        types = None if self.encoder.types is None else torch.zeros_like(ids)
+        tokens = Tokens(ids, torch.zeros_like(ids), types, ends, len(ids))
+        return encode(self.encoder, self.encoder.compute, tokens)
 
 
 def classifier(*, encoders: int = 1, positions: int | None = None, **options) -> Classifier:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import sparsebert as sb
-from runner_cases import batch, classifier, plain
+from runner_cases import Bare, FusedEncoder, WaitingEncoder, batch, classifier, plain
 from sparsebert.graphs import CaptureError, Graph, Graphs, Weights
 from sparsebert.ops import measurements
 from sparsebert.runner import BUCKETS
@@ -157,6 +157,19 @@ def test_results_across_buckets_stay_as_they_are():
     assert report.padding == 1 - report.tokens / report.computed
     assert report.captured == len(report.graphs) == len(set(runner.shapes()))
     assert sum(graph.calls for graph in report.graphs) == 40
+
+
+def test_outputs_are_the_callers_own():
+    """Also where the model hands on what the encoder gave."""
+    model = Bare(classifier().encoders[0]).eval()
+    runner = Runner(model, buckets=[8, 16])
+    jobs = [(torch.randint(50, (n,)), torch.tensor([0, 2, n], dtype=torch.int32)) for n in (5, 8, 11, 3)]
+    found = [runner(*job) for job in jobs]
+    for job, output in zip(jobs, found, strict=True):
+        assert output.shape == (len(job[0]), 16)
+        with torch.inference_mode():
+            assert_same(output, model(*job))
+    assert runner.report().captured == 2
 
 
 @pytest.mark.parametrize("types", [True, False])
@@ -420,41 +433,37 @@ def test_where_a_graph_would_not_do_the_same(context, reason, monkeypatch):
     assert runner.report().fallbacks == {reason: 1}
 
 
-def test_a_compiled_model_runs_what_was_compiled():
-    """Also where other parts of the model are compiled, the encoder's graphs are used."""
-    model = classifier()
-    inputs = batch(3, 2)
-    compiled = torch.compile(model, backend="eager")
-    runner = Runner(compiled)
-    assert_same(runner(**inputs), plain(model, inputs))
+@pytest.fixture
+def compile_eagerly():
+    """``torch.compile`` without a compiler behind it: what it traces, and where it gives up, stays."""
     torch.compiler.reset()
-    model.head = torch.compile(model.head, backend="eager")
+    yield lambda module: torch.compile(module, backend="eager")
+    torch.compiler.reset()
+
+
+def test_a_compiled_model_runs_what_was_compiled(compile_eagerly):
+    model = classifier()
+    runner = Runner(compile_eagerly(model))
+    for seed in range(2):
+        assert_same(runner(**batch(3, 2, seed=seed)), plain(model, batch(3, 2, seed=seed)))
+    assert runner.report().calls == 0 and not runner.report().fallbacks
+
+
+def test_beside_a_compiled_head(compile_eagerly):
+    model = classifier()
+    model.head = compile_eagerly(model.head)
     runner = Runner(model)
     for seed in range(2):
         check(runner, 3, 2, seed=seed)
     assert runner.report().calls == 2
-    torch.compiler.reset()
 
 
-def unable(model):
-    """Makes the encoder wait for the device, which no capture allows; counts its calls."""
-    encoder, calls = model.encoders[0], []
-    compute = encoder.compute
-
-    def waits(tokens):
-        calls.append(tokens)
-        float(tokens.cu_seqlens[-1])
-        return compute(tokens)
-
-    encoder.compute = waits
-    return calls
-
-
-def test_a_failed_capture_is_not_tried_again(caplog):
+def test_a_failed_capture_is_not_tried_again(caplog, monkeypatch):
     caplog.set_level(logging.INFO, "sparsebert.runner")
     model = classifier()
-    runner = Runner(model, buckets=[8, 16])
-    calls = unable(model)
+    model.encoders[0].__class__ = WaitingEncoder
+    runner, calls, compute = Runner(model, buckets=[8, 16]), [], model.encoders[0].compute
+    monkeypatch.setattr(model.encoders[0], "compute", lambda tokens: (calls.append(0), compute(tokens))[1])
     found = runner(**batch(3, 2))
     attempt = len(calls)
     assert attempt > 1
@@ -468,7 +477,8 @@ def test_a_failed_capture_is_not_tried_again(caplog):
     # Another bucket, and a reset, are another chance.
     runner(**batch(9, 2))
     assert runner.report().fallbacks == {f"capture failed at 8 {text}": 2, f"capture failed at 16 {text}": 1}
-    del model.encoders[0].compute
+    monkeypatch.undo()
+    model.encoders[0].__class__ = FusedEncoder
     runner(**batch(3, 2))
     assert runner.report().captured == 0
     runner.reset()
