@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sparsebert.plan import CompressionPlan as CompressionPlan
     from sparsebert.report import explain as explain
     from sparsebert.report import size_report as size_report
+    from sparsebert.runner import Runner as Runner
     from sparsebert.swap import compress_ as compress_
     from sparsebert.swap import decompress_ as decompress_
     from sparsebert.swap import prepare_ as prepare_
@@ -49,6 +50,7 @@ _NAMES = {
     "LowRankSparseConfig": "sparsebert.configs",
     "NMConfig": "sparsebert.configs",
     "RowsConfig": "sparsebert.configs",
+    "Runner": "sparsebert.runner",
     "calibrate": "sparsebert.calibration",
     "CompressionPlan": "sparsebert.plan",
     "backend": "sparsebert.ops.select",

@@ -46,6 +46,7 @@ RULES = {
             "report",
             "tuning",
             "calibration",
+            "runner",
             "ops",
         ),
     ),
@@ -66,6 +67,8 @@ RULES = {
     "methods": Rule(uses=("formats", "configs", "plan", "roles")),
     "calibration": Rule(uses=("nn", "formats", "report", "roles")),
     "tuning": Rule(uses=("nn", "ops", "roles", "report", "swap", "bench.timing")),
+    "graphs": Rule(),
+    "runner": Rule(uses=("graphs", "nn", "ops", "report")),
     # transformers lives here and nowhere else.
     "hf": Rule(
         uses=("swap", "methods", "nn", "ops", "report", "plan", "configs", "roles", "storage"),
