@@ -162,11 +162,10 @@ def test_torch_has_the_attention_that_a_gpu_runs():
 def test_names_say_what_a_rung_is(name):
     rung = parse_rung(name)
     assert rung.name == name and " " not in name
-    assert rung.unpadded == ("unpadded" in name)
+    assert rung.unpadded == ("unpadded" in name) and rung.fused == ("fused" in name)
     assert rung.refusal(torch.device("cuda")) is None
-    assert rung.refusal(CPU) == (
-        "needs CUDA" if rung.way == "graph" or name in ("eager_fp16", *rungs.COMPILED[:2]) else None
-    )
+    needs_gpu = rung.way in ("graph", "runner") or rung.weights.name == "fp16"
+    assert rung.refusal(CPU) == ("needs CUDA" if needs_gpu else None)
 
 
 def test_the_parts_of_a_rung():
@@ -191,12 +190,14 @@ def test_the_most_telling_come_first():
     keys = [job.key for job in ladder.jobs("cuda")]
     assert len(keys) == len(set(keys))
     # Nothing is built for a list: the GPU that it is for is not here.
-    assert keys[:5] == [
+    assert keys[:7] == [
         "bert-base 8x128 full graph_fp16",
         "bert-base 8x128 full eager_fp16",
+        "bert-base 8x128 full fused_fp16",
         "bert-base 8x128 glue graph_fp16",
         "bert-base 8x128 glue eager_fp16",
         "bert-base 8x128 glue unpadded_fp16",
+        "bert-base 8x128 glue fused_fp16",
     ]
     opening = [key.split() for key in keys[: keys.index("bert-large 8x128 full graph_fp16")]]
     assert {peer for *_, peer in opening} == set(rungs.FIRST)
@@ -220,7 +221,7 @@ def test_every_row_has_its_dense_row_and_every_cell_is_there():
         for length in (128, 384)
         for kind in kinds[length]
     }
-    assert not any(job.row["unpadded"] and job.row["lengths"] == "full" for job in listed)
+    assert not any(parse_rung(job.row["peer"]).unpadded and job.row["lengths"] == "full" for job in listed)
     for job in listed:
         assert job.row["kind"] == "model" and job.key.split()[-1] == job.row["peer"]
         assert job.row["padded_tokens"] == (
@@ -258,14 +259,16 @@ def test_a_dry_run_walks_every_rung():
             continue
         assert row["error"] <= row["error_limit"]
         assert 0 < row["encoder_bytes"] < row["model_bytes"]
-        if rung.way == "graph":
+        if rung.way in ("graph", "runner"):
             assert row["status"] == "skipped" and row["reason"].startswith("dry run: needs CUDA")
             assert set(row) == KNOWN | JUDGED | {"reason"}
         else:
             assert row["status"] == "ok" and row["mode"] == "cpu-wall"
             assert set(row) == KNOWN | JUDGED | TIMED
         assert bool(row["layouts"]) == bool(rung.weights.configs)
-        assert sum(row["layouts"].values()) == sum(row["kernels"].values()) == 6 * TOY.layers * bool(row["layouts"])
+        # Query, key and value are one layer where they are fused.
+        layers = (4 if rung.fused else 6) * TOY.layers * bool(row["layouts"])
+        assert sum(row["layouts"].values()) == sum(row["kernels"].values()) == layers
 
 
 def test_a_cpu_measures_real_sizes_in_float32():

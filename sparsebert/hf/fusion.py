@@ -131,7 +131,7 @@ def fuse_(model: nn.Module) -> FuseReport:
 def unfuse_(model: nn.Module) -> nn.Module:
     """Puts back the layers that ``fuse_`` replaced, with the weights they have now. In place; returns ``model``.
     ``ValueError`` where nothing is fused."""
-    encoders = [module for module in model.modules() if isinstance(module, _Fused)]
+    encoders: list[Any] = [module for module in model.modules() if isinstance(module, _Fused)]
     if not encoders:
         raise ValueError(f"unfuse_: {type(model).__name__} is not fused")
     for path, fused in list(model.named_modules()):
@@ -143,7 +143,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
                 fused.intermediate.activation = "none"
             _put(model, path, layer.train(fused.training))
     for encoder in encoders:
-        encoder.__class__ = type(encoder).__mro__[2]
+        encoder.__class__ = encoder.unfused_class
     return model
 
 
@@ -170,12 +170,14 @@ class _Fused:
 
     # What ``Runner`` looks for.
     sparsebert_fused = True
+    unfused_class: type[nn.Module]
+    # Of the model's own forward, in their order.
+    argument_names: tuple[str, ...]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cls: Any = type(self)
-        given = {**dict(zip(_names(cls), args, strict=False)), **kwargs}
+        given = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        name = cls.__name__
+        name = type(self).__name__
         if (ids is None) == (embeds is None):
             raise ValueError(f"{name}: expected either input_ids or inputs_embeds")
         if self.training:
@@ -421,11 +423,11 @@ def _put(root: nn.Module, path: str, module: nn.Module | None) -> None:
 @cache
 def _fused_class(cls: Any) -> Any:
     """``cls`` with the forward of ``_Fused``, by the same name: that is what a checkpoint's config says."""
-    return type(cls.__name__, (_Fused, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
-
-
-@cache
-def _names(cls: Any) -> tuple[str, ...]:
-    """The positional arguments of the model's own forward."""
-    signature = inspect.signature(cls.__mro__[2].forward)
-    return tuple(name for name in signature.parameters if name not in ("self", "kwargs"))
+    names = tuple(name for name in inspect.signature(cls.forward).parameters if name not in ("self", "kwargs"))
+    own = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "unfused_class": cls,
+        "argument_names": names,
+    }
+    return type(cls.__name__, (_Fused, cls), own)

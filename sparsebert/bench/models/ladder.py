@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import sparsebert as sb
 from sparsebert.bench import timing
 from sparsebert.bench.jobs import Job
 from sparsebert.bench.linear.cases import SHORT, relative_error
@@ -31,7 +32,7 @@ from sparsebert.bench.models import rungs as ladder
 from sparsebert.bench.models import unpadded
 from sparsebert.bench.models.encoders import SIZES, Size, flops
 from sparsebert.bench.models.inputs import DISTRIBUTIONS, FULL, Batch, draw_lengths, make_batch
-from sparsebert.bench.models.prepared import Models, Prepared, has_torchao
+from sparsebert.bench.models.prepared import Models, Prepared, has_torchao, held_layouts
 from sparsebert.bench.models.rungs import TORCHAO, Rung, parse_rung
 
 __all__ = ["BATCHES", "LENGTHS", "Cell", "jobs"]
@@ -82,8 +83,9 @@ def jobs(
     others, then the other batches, the other rungs, and last the compiled ones.
 
     ``models`` are names of ``encoders.SIZES``; every batch x length comes with full rows and with rows as long as those
-    of a task (``inputs``: GLUE up to 128 tokens, SQuAD above), unpadded rungs with the latter alone. ``rungs``: names
-    (see the module ``rungs``) instead of the device's own; ``compiled=False`` leaves out those through torch.compile.
+    of a task (``inputs``: GLUE up to 128 tokens, SQuAD above), unpadded rungs with the latter alone, fused ones with
+    both. ``rungs``: names (see the module ``rungs``) instead of the device's own; ``compiled=False`` leaves out those
+    through torch.compile.
     ``budget_s`` is spent on the times of one row. ``dry`` walks every rung of a GPU on a toy model, whatever the device
     and the sizes asked for. ``ValueError`` for a name that is none.
 
@@ -166,12 +168,12 @@ def _job(models: Models, cell: Cell, rung: Rung, *, dry: bool, budget_s: float) 
         "length": cell.length,
         "lengths": cell.lengths,
         "tokens": sum(counts),
-        "padded_tokens": sum(counts) if rung.unpadded else cell.batch * cell.length,
+        "padded_tokens": cell.batch * cell.length if rung.rows == ladder.PADDED else sum(counts),
         "dtype": str(rung.weights.dtype(device)).removeprefix("torch."),
-        "attention": unpadded.describe(device) if rung.unpadded else "sdpa",
+        "attention": "sdpa" if rung.rows == ladder.PADDED else unpadded.describe(device),
         "format": rung.weights.format,
         "execution": rung.execution,
-        "unpadded": rung.unpadded,
+        "unpadded": rung.rows != ladder.PADDED,
         "flops": flops(cell.size, counts),
     }
     key = f"{cell.size.name} {cell.batch}x{cell.length} {cell.lengths} {rung.name}"
@@ -193,18 +195,27 @@ def _work(models: Models, cell: Cell, rung: Rung, *, dry: bool, budget_s: float)
         raise RuntimeError(refusal)
     prepared = models.get(cell.size, weights)
     batch = cell.tokens(device)
+    if rung.fused:
+        sb.fuse_(prepared.model)
     try:
         call = _call(prepared, batch, rung, dry=dry)
-        rows = sum(batch.lengths) if rung.unpadded else batch.ids.numel()
-        found = {**prepared.sizes, "kernels": prepared.kernels(rows), **_judge(prepared, batch, rung, call)}
+        rows = batch.ids.numel() if rung.rows == ladder.PADDED else sum(batch.lengths)
+        found = {
+            **prepared.sizes,
+            "layouts": held_layouts(prepared.model),
+            "kernels": prepared.kernels(rows),
+            **_judge(prepared, batch, rung, call),
+        }
         if not found["error"] <= prepared.limit:
             reason = f"error {found['error']:.3g} is over the limit {prepared.limit:.3g}"
             return {"status": "wrong", "reason": reason, **found}
-        if dry and rung.way == "graph":
+        if dry and rung.way in ("graph", "runner"):
             reason = f"dry run: {refusal}; computed and compared, not timed"
             return {"status": "skipped", "reason": reason, **found}
         return {**found, **_times(prepared, batch, rung, call, budget_s)}
     finally:
+        if rung.fused:
+            sb.unfuse_(prepared.model)
         if rung.execution == "compiled":
             # What was compiled holds the model.
             torch.compiler.reset()
@@ -213,6 +224,10 @@ def _work(models: Models, cell: Cell, rung: Rung, *, dry: bool, budget_s: float)
 def _call(prepared: Prepared, batch: Batch, rung: Rung, *, dry: bool) -> Callable[[], Tensor]:
     """One forward pass, to the last hidden states: ``(batch, length, hidden)``, or ``(1, tokens, hidden)``."""
     model: Any = prepared.model
+    if rung.fused:
+        given = batch.masked()
+        run_fused = sb.Runner(model) if rung.way == "runner" else model
+        return lambda: run_fused(**given).last_hidden_state
     if rung.unpadded:
         unpadded.register()
         model.set_attn_implementation(unpadded.NAME)

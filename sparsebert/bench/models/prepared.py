@@ -21,7 +21,7 @@ from sparsebert.bench.models.inputs import FULL, Batch, draw_lengths, make_batch
 from sparsebert.bench.models.rungs import TORCHAO, Weights
 from sparsebert.nn import Int8Linear, PackedLinear
 
-__all__ = ["LIMITS", "Models", "Prepared", "has_torchao", "prepare"]
+__all__ = ["LIMITS", "Models", "Prepared", "has_torchao", "held_layouts", "prepare"]
 
 DENSE, QUANTIZED, ORIGINAL = "float32", "reference backend", "float32 before quantization"
 # ||y - ref|| / ||ref|| over the last hidden states of real tokens, by what they are compared with; see Prepared.
@@ -175,7 +175,6 @@ def _hold(model: nn.Module, layout: str) -> None:
 def _sizes(model: nn.Module, weights: Weights) -> dict[str, Any]:
     """Bytes of the whole model and of its encoder's linear layers in memory, of the whole on disk, and how many layers
     are held in which layout."""
-    held = Counter(module.layout for module in model.modules() if isinstance(module, PackedLinear))
     if weights.name == TORCHAO:
         # Its tensors give the size of what they stand for.
         encoder = [t for m in model.get_submodule("encoder").modules() if isinstance(m, nn.Linear) for t in _tensors(m)]
@@ -188,7 +187,12 @@ def _sizes(model: nn.Module, weights: Weights) -> dict[str, Any]:
             "encoder_bytes": report.encoder.memory,
             "disk_bytes": report.model.disk,
         }
-    return {"layouts": dict(held), **sizes}
+    return {"layouts": held_layouts(model), **sizes}
+
+
+def held_layouts(model: nn.Module) -> dict[str, int]:
+    """How many packed layers are held in which layout."""
+    return dict(Counter(module.layout for module in model.modules() if isinstance(module, PackedLinear)))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

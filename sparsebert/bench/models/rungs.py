@@ -1,11 +1,15 @@
 """Rungs of the ladder: how the weights are prepared, how the model is run, and whether rows are padded.
 
-A rung is written as its parts, ``[way_][unpadded_]weights``:
+A rung is written as its parts, ``[way_][unpadded_|fused_]weights``:
 
 - ways: ``eager`` (as Python runs it), ``compiled`` (torch.compile, reduce-overhead), ``compiled_max`` (max-autotune)
   and ``graph`` (a CUDA graph);
 - weights: ``fp32``, ``fp16``, ``torchao_int8``, ``mixed``, or a config as the command line has it, ``2:4`` or
   ``low-rank:0.25``, with ``/layout`` where the layout held is not ``auto``.
+
+``unpadded`` has transformers' own layers on rows without padding. ``fused`` is this package's whole way, padded rows
+in and out: ``fuse_``, and ``Runner`` around it unless it is ``eager_fused``; times include packing and all that
+``Runner`` does.
 
 ``unpadded_fp16`` is short for a graph, and ``torchao_int8`` alone for ``compiled_max``, without which it is no peer.
 """
@@ -24,16 +28,20 @@ TORCHAO, MIXED = "torchao_int8", "mixed"
 ATTENTION = ("query", "key", "value", "attention_output")
 FEED_FORWARD = ("intermediate", "output")
 
-# (way of running, unpadded) by what a name begins with; the longer ones first, since the shorter begin them.
+PADDED, UNPADDED, FUSED = "padded", "unpadded", "fused"
+
+# (way of running, rows) by what a name begins with; the longer ones first, since the shorter begin them.
 _BEGINNINGS = {
-    "compiled_max_unpadded_": ("compiled_max", True),
-    "compiled_unpadded_": ("compiled", True),
-    "eager_unpadded_": ("eager", True),
-    "unpadded_": ("graph", True),
-    "compiled_max_": ("compiled_max", False),
-    "compiled_": ("compiled", False),
-    "eager_": ("eager", False),
-    "graph_": ("graph", False),
+    "compiled_max_unpadded_": ("compiled_max", UNPADDED),
+    "compiled_unpadded_": ("compiled", UNPADDED),
+    "eager_unpadded_": ("eager", UNPADDED),
+    "eager_fused_": ("eager", FUSED),
+    "unpadded_": ("graph", UNPADDED),
+    "fused_": ("runner", FUSED),
+    "compiled_max_": ("compiled_max", PADDED),
+    "compiled_": ("compiled", PADDED),
+    "eager_": ("eager", PADDED),
+    "graph_": ("graph", PADDED),
 }
 
 
@@ -69,27 +77,37 @@ class Weights:
 
 @dataclass(frozen=True)
 class Rung:
-    """``way``: ``eager``, ``compiled``, ``compiled_max`` or ``graph``."""
+    """``way``: ``eager``, ``compiled``, ``compiled_max``, ``graph`` or ``runner``; ``rows``: ``padded``, ``unpadded``
+    or ``fused``."""
 
     weights: Weights
     way: str
-    unpadded: bool = False
+    rows: str = PADDED
 
     @property
     def name(self) -> str:
-        if (self.weights.name, self.way, self.unpadded) == (TORCHAO, "compiled_max", False):
+        if (self.weights.name, self.way, self.rows) == (TORCHAO, "compiled_max", PADDED):
             return TORCHAO
         parts = {parts: beginning for beginning, parts in _BEGINNINGS.items()}
-        return parts[self.way, self.unpadded] + self.weights.name
+        return parts[self.way, self.rows] + self.weights.name
+
+    @property
+    def unpadded(self) -> bool:
+        """Whether what goes in and comes out are rows without padding."""
+        return self.rows == UNPADDED
+
+    @property
+    def fused(self) -> bool:
+        return self.rows == FUSED
 
     @property
     def execution(self) -> str:
-        """``eager``, ``compiled`` or ``graph``."""
+        """``eager``, ``compiled``, ``graph`` or ``runner``."""
         return self.way.partition("_")[0]
 
     def refusal(self, device: torch.device) -> str | None:
         """None, or why ``device`` cannot run it, as far as that is known before it is tried."""
-        if device.type != "cuda" and (self.way == "graph" or self.weights.name == "fp16"):
+        if device.type != "cuda" and (self.way in ("graph", "runner") or self.weights.name == "fp16"):
             return "needs CUDA"
         return None
 
@@ -110,21 +128,22 @@ def parse_rung(name: str) -> Rung:
     """The rung of that name; ``ValueError`` where it is none."""
     if name == TORCHAO:
         return Rung(Weights(TORCHAO), "compiled_max")
-    for beginning, (way, unpadded) in _BEGINNINGS.items():
+    for beginning, (way, rows) in _BEGINNINGS.items():
         if name.startswith(beginning):
-            return Rung(parse_weights(name.removeprefix(beginning)), way, unpadded)
+            return Rung(parse_weights(name.removeprefix(beginning)), way, rows)
     raise ValueError(f"rung {name!r} begins with none of {', '.join(_BEGINNINGS)}")
 
 
 # What a reader wants to know first; rungs of the same weights stand together.
 FIRST = (
-    *("graph_fp16", "eager_fp16", "unpadded_fp16"),
-    *("graph_2:4", "graph_2:4/mma_sp"),
-    *("graph_int8", "unpadded_int8"),
-    *("graph_int8+2:4", "graph_int8+2:4/mma_sp", "unpadded_int8+2:4/mma_sp"),
+    *("graph_fp16", "eager_fp16", "unpadded_fp16", "fused_fp16"),
+    *("graph_2:4", "graph_2:4/mma_sp", "fused_2:4/mma_sp"),
+    *("graph_int8", "unpadded_int8", "fused_int8"),
+    *("graph_int8+2:4", "graph_int8+2:4/mma_sp", "unpadded_int8+2:4/mma_sp", "fused_int8+2:4/mma_sp"),
 )
 MORE = (
-    *("unpadded_2:4/mma_sp", "graph_mixed", "unpadded_mixed", "graph_int8-static", "graph_2:4@0.5"),
+    *("unpadded_2:4/mma_sp", "graph_mixed", "unpadded_mixed", "fused_mixed"),
+    *("graph_int8-static", "fused_int8-static", "graph_2:4@0.5", "eager_fused_fp16", "fused_low-rank:0.25"),
     *("graph_low-rank:0.25", "graph_low-rank:0.05+rows:0.15", "graph_low-rank:0.05+2:4", "graph_bitmap:0.05"),
     "eager_fp32",
 )
@@ -132,7 +151,8 @@ MORE = (
 COMPILED = ("compiled_fp16", "compiled_max_fp16", "torchao_int8")
 # A CPU has no graphs, and computes in float32.
 CPU = (
-    *("eager_fp32", "eager_unpadded_fp32", "eager_2:4", "eager_int8", "eager_unpadded_int8", "eager_int8+2:4"),
+    *("eager_fp32", "eager_unpadded_fp32", "eager_fused_fp32", "eager_2:4", "eager_fused_2:4"),
+    *("eager_int8", "eager_unpadded_int8", "eager_fused_int8", "eager_int8+2:4", "eager_fused_low-rank:0.25"),
     *("eager_mixed", "eager_int8-static", "eager_2:4@0.5", "eager_low-rank:0.25", "eager_low-rank:0.05+rows:0.15"),
     *("eager_low-rank:0.05+2:4", "eager_bitmap:0.05"),
 )
