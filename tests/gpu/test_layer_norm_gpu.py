@@ -89,6 +89,17 @@ def test_rows_are_those_of_the_cpu_to_the_bit(features, static):
         assert torch.equal(q.cpu()[finite], rows[finite])
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_bias_that_is_not_a_number_shows_in_every_scale(static):
+    """One NaN among numbers, which a maximum passes over."""
+    x, residual, weight, bias = given(5, 768, dtype=torch.float16)
+    bias[7] = torch.nan
+    with sb.backend("triton"):
+        scale = torch.tensor(0.02, device="cuda") if static else None
+        _, _, s = add_layer_norm_quantize(x, residual, weight, bias, EPS, scale)
+    assert s.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_are_further_apart(dtype):
     x, residual, weight, bias = given(37, 768, dtype=dtype)

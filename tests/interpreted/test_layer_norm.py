@@ -100,6 +100,16 @@ def test_a_result_too_large_for_its_dtype_shows_in_the_scale():
     assert scale.isnan().all()
 
 
+@pytest.mark.parametrize("given", [None, 0.02])
+def test_a_bias_that_is_not_a_number_shows_in_every_scale(given):
+    """One NaN among numbers, which a maximum passes over."""
+    weight, bias = parameters(40)
+    bias[7] = torch.nan
+    given = None if given is None else torch.tensor(given)
+    y, _, scale = kernel(torch.randn(3, 40), None, weight, bias, 1e-5, quantize=True, input_scale=given)
+    assert y.isnan().sum() == 3 and scale.isnan().all()
+
+
 def test_a_constant_row_is_the_bias():
     weight, bias = parameters(40)
     y, q, scale = kernel(torch.full((2, 40), 3.0), None, weight, bias, 1e-5, quantize=True)
