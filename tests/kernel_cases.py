@@ -271,10 +271,8 @@ def low_rank_cases(arch: int, every: bool) -> Iterator[Case]:
     numbers = ("tokens", "in_features", "out_features", "rank", "x_stride", "count", "row_bytes")
     seen = set()
     # Query, key and value in one.
-    stacked = [("fp16", 48, (1, 512), 3)]
-    for (kind, (sizes, own)), (name, rank, counts, parts) in product(
-        kinds.items(), [*((*one, 1) for one in LOW_RANKS), *stacked]
-    ):
+    factors = [*((*one, 1) for one in LOW_RANKS), ("fp16", 48, TOKENS, 3)]
+    for (kind, (sizes, own)), (name, rank, counts, parts) in product(kinds.items(), factors):
         dtype = DTYPES[name]
         out_features = 4096 if parts == 1 else 3072
         spec: Any = LowRankSpec(rank, 1024, out_features, parts)

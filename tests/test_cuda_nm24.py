@@ -455,6 +455,12 @@ def test_a_call_that_does_not_fit(machine, changes, text):
         (NMSpec(2, 4, 64, 64), torch.float32, H200, "needs float16 or bfloat16, not float32"),
         (Int8Spec("dynamic", 1, 1, 64, 64), torch.float16, H200, "needs a 2:4 pattern, not 1:1"),
         (LowRankSparseSpec(4, "rows", 1, 1, 3, 64, 64), torch.float16, H200, "needs a sparse part at n:m, not rows"),
+        (
+            LowRankSparseSpec(4, "nm", 2, 4, 0, 64, 96, 3),
+            torch.float16,
+            H200,
+            "needs one product of factors, not 3",
+        ),
         (NMSpec(2, 4, 64, 64), torch.float16, Device("cpu"), "needs a CUDA device, not cpu"),
         (
             NMSpec(2, 4, 64, 64),

@@ -206,16 +206,20 @@ def test_chunks_need_a_gpu_and_numbers_that_int32_holds():
     st.integers(0, 1 << 20),
     st.sampled_from([torch.float16, torch.float32]),
     st.sampled_from([*DEVICES.values(), Device("cpu")]),
+    st.sampled_from([1, 3, 32, 1024]),
 )
-def test_low_rank_configurations_fit_their_kernel(kind, rank, tokens, dtype, device):
-    """Sides that are powers of two, and a tile of the whole rank where t is computed inside."""
+def test_low_rank_configurations_fit_their_kernel(kind, rank, tokens, dtype, device, parts):
+    """Sides that are powers of two, and a tile of the whole rank where t is computed inside, of one part's alone."""
     n, m = (2, 4) if kind == "nm" else (1, 1)
-    spec = LowRankSparseSpec(rank, kind, n, m, 9, 768, 3072) if kind != "none" else LowRankSpec(rank, 768, 3072)
+    sizes = (768, 3072, parts)
+    spec = LowRankSparseSpec(rank, kind, n, m, 9, *sizes) if kind != "none" else LowRankSpec(rank, *sizes)
     found = low_rank.configurations(select.Problem("neutral", device, dtype, spec, tokens, "none"))
     for config in found:
         for side in config[:4]:
             assert side >= 16 and side & (side - 1) == 0
         assert not config.inside or rank <= config.block_r <= 128
+        assert not config.inside or parts == 1 or (kind != "rows" and 3072 // parts % config.block_m == 0)
         assert config.block_n < 2 * max(16, tokens)
-    assert found[0].inside is (rank <= 64 and tokens <= 64)
+    mixed = parts > 1 and (kind == "rows" or parts > 3)
+    assert found[0].inside is (rank <= 64 and tokens <= 64 and not mixed)
     assert (1 if dtype == torch.float32 else 5) <= len(set(found)) == len(found) <= 16

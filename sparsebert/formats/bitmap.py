@@ -150,9 +150,11 @@ def stack(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tenso
     """The packed form of weights of as many columns, one under the other, of their packed forms; ``split`` gives these
     back."""
     values, bitmaps, row_offsets = zip(*parts, strict=True)
-    offsets = [row_offsets[0][:1]]
+    begin = row_offsets[0][:1]
+    offsets = [begin]
     for own in row_offsets:
-        offsets.append(own[1:] + offsets[-1][-1:])
+        offsets.append(own[1:] + begin)
+        begin = begin + own[-1:]
     return torch.cat(values), torch.cat(bitmaps), torch.cat(offsets)
 
 

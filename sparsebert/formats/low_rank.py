@@ -87,10 +87,8 @@ def unpack(u: Tensor, v: Tensor, parts: int = 1) -> Tensor:
 
     Trusts its input (see ``validate``) except for shapes and dtypes.
     """
-    if parts > 1 and u.dim() == v.dim() == 2 and not len(u) % parts and not len(v) % parts:
-        # As each would be unpacked by itself, to the bit.
-        return torch.cat([unpack(*factors) for factors in zip(u.chunk(parts), v.chunk(parts), strict=True)])
-    if u.dim() != 2 or v.dim() != 2 or parts * u.shape[1] != v.shape[0] or u.dtype != v.dtype:
+    fit = u.dim() == v.dim() == 2 and parts * u.shape[1] == v.shape[0] and not u.shape[0] % parts
+    if not fit or u.dtype != v.dtype:
         ranks = "rank" if parts == 1 else f"{parts} * rank"
         raise ValueError(
             f"unpack: u {tuple(u.shape)} {dtype_name(u.dtype)} and v {tuple(v.shape)} {dtype_name(v.dtype)}, expected "
@@ -98,6 +96,9 @@ def unpack(u: Tensor, v: Tensor, parts: int = 1) -> Tensor:
         )
     if u.is_meta:
         return torch.empty(u.shape[0], v.shape[1], dtype=u.dtype, device=u.device)
+    if parts > 1:
+        # As each would be unpacked by itself, to the bit.
+        return torch.cat([unpack(*factors) for factors in zip(u.chunk(parts), v.chunk(parts), strict=True)])
     with no_autocast(u.device):
         return (u.detach().to(wide(u.dtype)) @ v.detach().to(wide(v.dtype))).to(u.dtype)
 

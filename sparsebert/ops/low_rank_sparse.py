@@ -91,7 +91,7 @@ def split_sparse(sparse: Sequence[Tensor], spec: LowRankSparseSpec) -> list[tupl
     if spec.sparse == "rows":
         return [*rows.split(sparse[0], sparse[1], _sizes(spec))]
     if spec.sparse == "nm":
-        return [*zip(*([rows.clone() for rows in one.chunk(spec.parts)] for one in sparse), strict=True)]
+        return [*zip(*([part.clone() for part in tensor.chunk(spec.parts)] for tensor in sparse), strict=True)]
     return [*bitmap.split(sparse[0], sparse[1], sparse[2], _sizes(spec))]
 
 

@@ -132,12 +132,14 @@ def test_every_configuration_of_chunks_against_float64(dtype):
     ],
     ids=str,
 )
-def test_low_rank_against_float64(kind, layout, dtype):
+@pytest.mark.parametrize("parts", [1, 3])
+def test_low_rank_against_float64(kind, layout, dtype, parts):
     """At most twice the error of torch's sequence, u (v x) + S x + b, with t inside and outside."""
-    for out_features, in_features in SIZES:
-        rank = max(1, in_features // 20)
-        u = torch.randn(out_features, rank, device="cuda", dtype=dtype)
-        v = torch.randn(rank, in_features, device="cuda", dtype=dtype)
+    for features, in_features in SIZES:
+        out_features, rank = parts * features, max(1, in_features // 20)
+        factor = torch.randn(out_features, rank, device="cuda", dtype=dtype)
+        v = torch.randn(parts * rank, in_features, device="cuda", dtype=dtype)
+        u = torch.block_diag(*factor.chunk(parts))
         s = torch.randn(out_features, in_features)
         if kind == "nm":
             s = nm.project(s, 2, 4)
@@ -145,13 +147,13 @@ def test_low_rank_against_float64(kind, layout, dtype):
             s = s * (torch.rand(out_features, 1 if kind == "rows" else in_features) < 0.15)
         s = s.to("cuda", dtype)
         if kind == "none":
-            spec, neutral = LowRankSpec(rank, in_features, out_features), [u, v]
+            spec, neutral = LowRankSpec(rank, in_features, out_features, parts), [factor, v]
             s.zero_()
         else:
             count = {"rows": int(s.any(1).sum()), "bitmap": int(s.count_nonzero()), "nm": 0}[kind]
             n, m = (2, 4) if kind == "nm" else (1, 1)
-            spec = LowRankSparseSpec(rank, kind, n, m, count, in_features, out_features)
-            neutral = [u, v, *low_rank_sparse.pack_sparse(s, spec)]
+            spec = LowRankSparseSpec(rank, kind, n, m, count, in_features, out_features, parts)
+            neutral = [factor, v, *low_rank_sparse.pack_sparse(s, spec)]
         weight = layouts.get(spec.op, layout).from_neutral(neutral, spec, dtype)
         (kernel,) = (found for found in select.candidates(spec.op, layout) if found.backend == "triton")
         bias = torch.randn(out_features, device="cuda", dtype=dtype)
@@ -164,7 +166,7 @@ def test_low_rank_against_float64(kind, layout, dtype):
                 problem = select.problem_of(spec, layout, x[:tokens], activation)
                 # The best with t inside, where rank and shared memory allow it, and the best without.
                 configs = {config.inside: config for config in reversed(kernel.configurations(problem))}
-                assert rank > 64 or tokens > 64 or len(configs) == 2
+                assert rank > 64 or tokens > 64 or parts > 1 or len(configs) == 2
                 for config in configs.values():
                     poison(tokens, out_features, dtype)
                     y = kernel.run(x[:tokens], weight, bias, problem, configuration=config)
