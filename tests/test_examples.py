@@ -55,6 +55,15 @@ def run(root, tmp_path, monkeypatch, capsys):
     ("script", "expected"),
     [
         ("swap_layers.py", ["compressed 12 layers", "torch.Size([1, 7, 32])", "not measured here"]),
+        (
+            "fuse_and_run.py",
+            [
+                "query, key and value are one projection in 2 of them",
+                "torch.Size([2, 8, 32])",
+                "without a graph, 1 times: the tokens are on cpu, and CUDA graphs need a CUDA device",
+                "the same alone: True",
+            ],
+        ),
         ("save_and_load.py", ["whole model", "the same numbers, bit for bit: True"]),
         ("prune_then_train.py", ["encoder linears"]),
         (
@@ -85,7 +94,7 @@ def run(root, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_example_runs(script, expected, run, model_folder, tmp_path):
-    printed = run(script, model_folder, *([] if script == "swap_layers.py" else [tmp_path / "out"]))
+    printed = run(script, model_folder, *([] if script in ("swap_layers.py", "fuse_and_run.py") else [tmp_path / "out"]))
     for text in expected:
         assert text in printed
 
