@@ -94,7 +94,9 @@ def run(root, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_example_runs(script, expected, run, model_folder, tmp_path):
-    printed = run(script, model_folder, *([] if script in ("swap_layers.py", "fuse_and_run.py") else [tmp_path / "out"]))
+    printed = run(
+        script, model_folder, *([] if script in ("swap_layers.py", "fuse_and_run.py") else [tmp_path / "out"])
+    )
     for text in expected:
         assert text in printed
 

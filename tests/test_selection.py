@@ -63,17 +63,17 @@ def test_reference_serves_every_portable_layout():
 
 
 def test_ops_with_the_same_numbers_are_not_taken_for_each_other():
-    """A rank and a number of non-zeros, or rows of three ops: equal as tuples."""
+    """A pattern and two factors in parts, or rows of three ops: equal as tuples."""
     for equal in (
-        (LowRankSpec(8, 64, 64), BitmapSpec(8, 64, 64)),
+        (LowRankSpec(2, 4, 4, parts=4), NMSpec(2, 4, 4, 4)),
         (RowsSpec(64), EmbeddingSpec(64)),
         (DenseSpec(1, 64), LayerNormSpec(True, 64)),
     ):
         assert equal[0] == equal[1]
         for spec in equal:
             assert select.choose(problem(spec=spec)).candidate.op == spec.op
-    assert set(layouts.tensors(LowRankSpec(8, 64, 64), "neutral")) == {"u", "v"}
-    assert "bitmap" in layouts.tensors(BitmapSpec(8, 64, 64), "neutral")
+    assert set(layouts.tensors(LowRankSpec(2, 4, 4, parts=4), "neutral")) == {"u", "v"}
+    assert "positions" in layouts.tensors(NMSpec(2, 4, 4, 4), "neutral")
 
 
 def test_refusals_are_reasons():

@@ -69,7 +69,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, heads: int, max
     problem = select.problem_of(AttentionSpec(heads, q.shape[1] // heads), NEUTRAL, q, "none")
     # (total, heads, d)
     parts = (tensor.unflatten(1, (heads, -1)) for tensor in (q, k, v))
-    y: Tensor = select.choose(problem).candidate.run(*parts, cu_seqlens, max_length)
+    y: Tensor = select.choose_between(problem).candidate.run(*parts, cu_seqlens, max_length)
     return y.reshape(q.shape)
 
 

@@ -115,7 +115,7 @@ def _embed_layer_norm(
     _check(*given)
     spec = EmbeddingSpec(words.shape[1])
     problem = Problem(NEUTRAL, describe(words.device), words.dtype, spec, input_ids.numel(), "none")
-    return select.choose(problem).candidate.run(*given)
+    return select.choose_between(problem).candidate.run(*given)
 
 
 def _embed_layer_norm_fake(

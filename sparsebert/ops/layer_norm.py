@@ -87,7 +87,7 @@ def _check(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Te
 def _add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     _check(OP, x, residual, weight, bias, eps)
     problem = select.problem_of(LayerNormSpec(False, x.shape[-1]), NEUTRAL, x, "none")
-    return select.choose(problem).candidate.run(x, residual, weight, bias, eps)
+    return select.choose_between(problem).candidate.run(x, residual, weight, bias, eps)
 
 
 def _add_layer_norm_fake(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -102,7 +102,7 @@ def _add_layer_norm_quantize(
     if input_scale is not None:
         check_scale(QUANTIZE_OP, "input_scale", input_scale, (), x.device)
     problem = select.problem_of(LayerNormSpec(True, x.shape[-1]), NEUTRAL, x, "none")
-    return select.choose(problem).candidate.run(x, residual, weight, bias, eps, input_scale)
+    return select.choose_between(problem).candidate.run(x, residual, weight, bias, eps, input_scale)
 
 
 def _add_layer_norm_quantize_fake(

@@ -106,7 +106,7 @@ def check_scale(op: str, name: str, scale: Tensor, shape: tuple[int, ...], devic
 def _quantize_rows(x: Tensor, input_scale: Tensor | None = None, *, activation: str = "none") -> tuple[Tensor, Tensor]:
     _check_rows(x, input_scale, activation)
     problem = select.problem_of(RowsSpec(x.shape[-1]), NEUTRAL, x, activation)
-    return select.choose(problem).candidate.run(x, input_scale, problem)
+    return select.choose_between(problem).candidate.run(x, input_scale, problem)
 
 
 def _quantize_rows_fake(

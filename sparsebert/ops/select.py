@@ -174,6 +174,13 @@ def choose(problem: Problem, *, force: bool = True) -> Solution:
     return _choose(problem, problem.op, forced_backend() if force else None, measurements.generation())
 
 
+def choose_between(problem: Problem) -> Solution:
+    """As ``choose``, for an op between linear layers: a forced backend that has no kernel for it at all leaves it as it
+    is, so that a whole model can be run by the linear layers of one backend."""
+    forced = forced_backend()
+    return choose(problem, force=any(c.backend == forced for c in candidates(problem.op, problem.layout)))
+
+
 # ``op`` is there for the cache: specs of two ops are equal where their numbers are, as tuples.
 @lru_cache(maxsize=16384)
 def _choose(problem: Problem, op: str, forced: str | None, generation: int) -> Solution:

@@ -549,3 +549,15 @@ def test_what_a_fused_model_refuses():
             call()
     with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.0: a fused layer takes no state dict"):
         model.load_state_dict(state)
+
+
+def test_a_forced_backend_is_that_of_the_linears():
+    """Ops between them that it has no kernel for run as ever; a linear that it cannot serve is an error."""
+    model = compressed(sb.Int8Config(), layout="neutral")
+    inputs = batch(model)
+    sb.fuse_(model)
+    expected = real(model, inputs)
+    with sb.backend("reference"):
+        assert (real(model, inputs) - expected).abs().max() <= 1e-5
+    with sb.backend("cuda"), pytest.raises(RuntimeError, match=r"^int8_linear: no forced backend serves"):
+        real(model, inputs)
