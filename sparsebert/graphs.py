@@ -120,7 +120,7 @@ class Weights:
 
     A captured graph knows addresses. Values that change in place are therefore seen by it; a weight that moved, changed
     its dtype or layout, or a module that was replaced, is not. The memory is held for as long as this object is, so
-    that a graph never reads what was freed. A check takes about half a microsecond a tensor or module.
+    that a graph never reads what was freed. A check takes less than half a microsecond a tensor or module.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -106,7 +106,7 @@ class Runner:
     # What captures; tests without a CUDA device put another in its place.
     _graphs: type[Graphs] = Graphs
 
-    def __init__(self, model: nn.Module, *, buckets: Iterable[int] | None = None, max_graphs: int = 16) -> None:
+    def __init__(self, model: nn.Module, *, buckets: Iterable[int] | None = None, max_graphs: int = 32) -> None:
         self._encoders = {
             module: path or type(module).__name__
             for path, module in model.named_modules()

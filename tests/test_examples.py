@@ -1,5 +1,7 @@
 """The examples run, and the README shows nothing else than what they run."""
 
+import json
+import os
 import re
 import runpy
 import subprocess
@@ -105,6 +107,31 @@ def test_sentence_transformer(run, sentence_folder, tmp_path):
     printed = run("sentence_transformer.py", sentence_folder, tmp_path / "out")
     assert "packed as saved: 2:4" in printed
     assert "the same embeddings, bit for bit: True" in printed
+
+
+def test_many_gpus_give_what_one_process_gives(root, model_folder, tmp_path):
+    """On CPUs, by torchrun, with a last batch that is not full."""
+    words = "the model is used as before".split()
+    texts = [" ".join(words[i % 5 :] + words[: i % 7]) for i in range(75)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    script, found = root / "examples" / "many_gpus.py", []
+    for ranks in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        out = tmp_path / f"{ranks}.jsonl"
+        done = subprocess.run(
+            [sys.executable, *launcher, script, model_folder, tmp_path / "texts.txt", out],
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"75 texts on {ranks} processes" in done.stdout
+        found.append([json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()])
+    assert found[0] == found[1]
+    assert [row["text"] for row in found[0]] == texts
+    # Rows that nobody wrote would be equal.
+    assert len({tuple(row["logits"]) for row in found[0]}) >= len(set(texts)) == 35
 
 
 def test_an_example_runs_as_the_readme_says(root, model_folder, tmp_path):

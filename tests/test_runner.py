@@ -9,7 +9,7 @@ import random
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -594,3 +594,109 @@ def test_the_report_as_text_and_json():
 def test_the_one_for_cuda_has_what_the_stand_in_has():
     public = {name for name in vars(Graphs) if not name.startswith("_")}
     assert public == {name for name in vars(Recorded) if not name.startswith("_")}
+
+
+class Driver:
+    """What ``Graphs`` asks of ``torch.cuda``, written down in order."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.current, self.reserved = [], "callers", iter((100, 164, *[164] * 9))
+        driver = self
+
+        class Stream:
+            def __init__(self, device):
+                self.name = "side"
+
+            def wait_stream(self, other):
+                driver.log.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event):
+                driver.log.append(f"{self.name} waits for the last turn")
+
+        class Event:
+            def record(self, stream):
+                driver.log.append(f"turn ends on {stream.name}")
+
+        class CUDAGraph:
+            def replay(self):
+                driver.log.append("replay")
+
+        callers = Stream(None)
+        callers.name = "callers"
+
+        @contextmanager
+        def stream(side):
+            before, self.current = self.current, side.name
+            try:
+                yield
+            finally:
+                self.current = before
+
+        @contextmanager
+        def graph(recorded, *, pool, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local" and stream.name == self.current == "side"
+            self.log.append(f"capture into {pool}")
+            try:
+                yield
+            except RuntimeError:
+                # As torch does it: the stream stays, and the error is one about the capture.
+                raise MemoryError("capture was invalidated") from None
+
+        pools = iter("abcdef")
+        for name, value in {
+            "Stream": Stream,
+            "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "stream": stream,
+            "graph": graph,
+            "current_stream": lambda device: callers,
+            "device": lambda device: nullcontext(),
+            "graph_pool_handle": lambda: f"pool {next(pools)}",
+            "empty_cache": lambda: None,
+            "memory_reserved": lambda: next(self.reserved),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def took(self):
+        found, self.log = self.log, []
+        return found
+
+
+def test_the_order_on_the_device(monkeypatch):
+    driver = Driver(monkeypatch)
+    graphs = Graphs(torch.device("cuda", 0))
+
+    def run():
+        driver.log.append(f"run on {driver.current}")
+        return torch.zeros(2)
+
+    def fails():
+        run()
+        if any(line.startswith("capture") for line in driver.log):
+            raise RuntimeError("not permitted")
+        return torch.zeros(2)
+
+    def captured(pool):
+        work = ["run on side", "run on side", f"capture into pool {pool}", "run on side"]
+        return ["side waits for callers", *work, "callers waits for side"]
+
+    with graphs.turn():
+        first = graphs.capture(run)
+        first.replay()
+    whole = ["callers waits for the last turn", *captured("a"), "replay", "turn ends on callers"]
+    assert driver.took() == whole
+    assert torch.equal(first.output, torch.zeros(2))
+    # One pool; the second found room in it.
+    second = graphs.capture(run)
+    assert driver.took() == captured("a") and (first.bytes, second.bytes) == (64, 0)
+    with pytest.raises(CaptureError, match="^RuntimeError: not permitted$"), graphs.turn():
+        graphs.capture(fails)
+    assert driver.took() == ["callers waits for the last turn", *captured("a"), "turn ends on callers"]
+    assert driver.current == "callers"
+    # What a broken capture recorded to is left alone, and so is what the last graph has let go.
+    third = graphs.capture(run)
+    assert driver.took() == captured("b")
+    del first, second, third
+    gc.collect()
+    graphs.capture(run)
+    assert driver.took() == captured("c")

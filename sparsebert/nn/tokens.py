@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -45,5 +46,8 @@ def encoding_by(run: EncodeBy) -> Iterator[None]:
 
 def encode(encoder: nn.Module, run: Encode, tokens: Tokens) -> Tensor:
     """The last hidden states ``(total, hidden)`` of ``tokens``: ``run(tokens)``, or what the context puts there."""
+    if torch.compiler.is_compiling():
+        # A context cannot be traced, and what is traced runs later, outside of it.
+        return run(tokens)
     by = _encode_by.get()
     return run(tokens) if by is None else by(encoder, run, tokens)
