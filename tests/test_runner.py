@@ -22,6 +22,7 @@ from runner_cases import Bare, FusedEncoder, WaitingEncoder, batch, classifier, 
 from sparsebert.graphs import CaptureError, Graph, Graphs, Weights
 from sparsebert.ops import measurements
 from sparsebert.runner import BUCKETS
+from tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -700,3 +701,29 @@ def test_the_order_on_the_device(monkeypatch):
     gc.collect()
     graphs.capture(run)
     assert driver.took() == captured("c")
+
+
+@pytest.mark.parametrize("config", [None, sb.NMConfig(2, 4), sb.Int8Config()], ids=str)
+def test_a_fused_bert(config):
+    """The real thing: batches of other lengths in a few graphs, each as it is without a graph."""
+    model = tiny_model("bert")
+    if config is not None:
+        sb.compress_(model, config, layout="neutral")
+    sb.fuse_(model)
+    runner = Runner(model, buckets=[16, 32])
+    choose = random.Random(0)
+    jobs = []
+    for seed in range(8):
+        lengths = torch.tensor([choose.randint(1, 10) for _ in range(choose.randint(1, 3))])
+        mask = (torch.arange(10) < lengths[:, None]).long()
+        ids = torch.randint(3, 100, mask.shape, generator=torch.Generator().manual_seed(seed))
+        jobs.append({"input_ids": ids, "attention_mask": mask})
+    found = [runner(**inputs).logits for inputs in jobs]
+    for logits, inputs in zip(found, jobs, strict=True):
+        with torch.inference_mode():
+            # Other numbers of rows may be summed in another order, and integers that lie between two rounded so.
+            torch.testing.assert_close(logits, model(**inputs).logits, rtol=0, atol=1e-6 if config is None else 1e-3)
+    report = runner.report()
+    assert report.calls == 8 and not report.fallbacks and {graph.tokens for graph in report.graphs} <= {16, 32}
+    # What needs more than the last hidden states runs without, and says nothing of graphs.
+    assert len(runner(**jobs[0], output_hidden_states=True).hidden_states) == 3
