@@ -21,7 +21,7 @@ from torch import Tensor
 from sparsebert.ops import dense, select
 from sparsebert.ops.layouts import DENSE, NEUTRAL
 from sparsebert.ops.select import Candidate, Problem
-from sparsebert.ops.triton.configurations import around, columns, fitting, shared_bytes, sms
+from sparsebert.ops.triton.configurations import MOST_SPLITS, around, columns, fitting, shared_bytes, sms
 from sparsebert.ops.triton.support import refusal, rows_of
 
 if TYPE_CHECKING:
@@ -42,15 +42,17 @@ def _refusal(problem: Problem) -> str | None:
 @lru_cache(maxsize=1024)
 def configurations(problem: Problem) -> Sequence[Config]:
     """128 features, 64 where tokens are few, or where tiles would leave multiprocessors idle; then half the tokens too.
-    Splits come last: their sum is the launch that fusing saves."""
+    Splits for few tokens alone: beyond, their sums are more bytes than the pass that fusing saves."""
     itemsize = problem.dtype.itemsize
     block_n = columns(problem.tokens, 256 // itemsize)
-    block_m = 64 if block_n < 64 or _tiles(problem, 128, block_n) < sms(problem) else 128
+    few = block_n < 64
+    block_m = 64 if few or _tiles(problem, 128, block_n) < sms(problem) else 128
     if block_n > 64 and _tiles(problem, block_m, block_n) < sms(problem):
         block_n //= 2
+    splits = MOST_SPLITS if few else 1
     return fitting(
         problem,
-        around(problem, block_m, block_n, 128 // itemsize, itemsize=itemsize),
+        around(problem, block_m, block_n, 128 // itemsize, itemsize=itemsize, splits=splits),
         lambda config: shared_bytes(config, weight_bytes=itemsize, dense_bytes=0, x_bytes=itemsize),
     )
 
