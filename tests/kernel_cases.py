@@ -331,10 +331,10 @@ def _of_either_choice(configs: list[Any], every: bool) -> list[Any]:
 
 
 def dense_cases(arch: int, every: bool) -> Iterator[Case]:
-    """Each configuration once in each dtype of 16 bits; in fp32 the kernel is not offered."""
+    """Each configuration once in each dtype of 16 bits, from few tokens to many; in fp32 the kernel is not offered."""
     specs = [DenseSpec(in_features, out_features) for out_features, in_features in SHAPES]
     for name in ("fp16", "bf16"):
-        found = [configured(spec, arch, tokens, DTYPES[name], every) for spec, tokens in product(specs, TOKENS)]
+        found = [configured(spec, arch, tokens, DTYPES[name], every) for tokens, spec in product(TOKENS, specs)]
         for config in dict.fromkeys(chain.from_iterable(found)):
             yield Case(
                 f"dense_linear {name} {'x'.join(map(str, config))}",
