@@ -12,7 +12,7 @@ import torch
 
 from sparsebert.ops.devices import Device
 from sparsebert.ops.select import Problem, candidates
-from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec, Spec
+from sparsebert.ops.specs import BitmapSpec, DenseSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec, Spec
 
 # (out_features, in_features) of BERT-base's and BERT-large's layers.
 SHAPES = [(768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096)]
@@ -90,6 +90,7 @@ def cases(arch: int, every: bool = False) -> Iterator[Case]:
     yield from int8_cases(arch, every)
     yield from bitmap_cases(arch, every)
     yield from low_rank_cases(arch, every)
+    yield from dense_cases(arch, every)
     yield from quantize_cases()
     yield from layer_norm_cases()
     yield from embedding_cases()
@@ -325,6 +326,28 @@ def low_rank_cases(arch: int, every: bool) -> Iterator[Case]:
 def _of_either_choice(configs: list[Any], every: bool) -> list[Any]:
     """The best with t inside, where there is one, and the best without, or all."""
     return configs if every else list({config.inside: config for config in reversed(configs)}.values())
+
+
+def dense_cases(arch: int, every: bool) -> Iterator[Case]:
+    """Each configuration once in each dtype of 16 bits, from few tokens to many; in fp32 the kernel is not offered."""
+    specs = [DenseSpec(in_features, out_features) for out_features, in_features in SHAPES]
+    for name in ("fp16", "bf16"):
+        found = [configured(spec, arch, tokens, DTYPES[name], every) for tokens, spec in product(TOKENS, specs)]
+        for config in dict.fromkeys(chain.from_iterable(found)):
+            yield Case(
+                f"dense_linear {name} {'x'.join(map(str, config))}",
+                "dense_linear:_dense_linear_kernel",
+                {
+                    **dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), f"*{name}"),
+                    "y_ptr": "*fp32" if config.split_k > 1 else f"*{name}",
+                    **dict.fromkeys(("tokens", "in_features", "out_features", "x_stride", "weight_stride"), "i32"),
+                },
+                {"HAS_BIAS": True, "ACTIVATION": "gelu", **_sides(config), "SPLIT_K": config.split_k},
+                ("in_features", "out_features", "x_stride", "weight_stride"),
+                _options(config),
+                dots=name,
+                wide=("x_ptrs", "weight_ptrs"),
+            )
 
 
 def int8_cases(arch: int, every: bool) -> Iterator[Case]:

@@ -33,6 +33,7 @@ KERNELS = {
     "bitmap_linear chunked fp16": None,
     "low_rank_sparse_linear none outside fp16": None,
     "low_rank_sparse_linear rows outside fp16": 16,
+    "dense_linear fp16": 16,
 }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import sparsebert as sb
 from sparsebert import ops
-from sparsebert.bench.linear import own, sweep
+from sparsebert.bench.linear import dense, own, sweep
 from sparsebert.bench.linear.cases import LIMITS, Built, Case
 from sparsebert.bench.linear.shapes import DRY_SHAPES
 from sparsebert.formats import int8
@@ -37,6 +37,7 @@ CASES = (
     "low-rank:0.05+rows:0.15/grouped/triton/fp16",
     "low-rank:r32+2:4/neutral/triton/fp16",
     "low-rank:0.05+bitmap:0.05/padded/triton/fp16",
+    "dense/neutral/triton/fp16",
 )
 EPS = 1e-12
 # Of what int8 rows stand for beside what they were made from: half a step of about 127 / 3 in the largest.
@@ -106,7 +107,8 @@ def main() -> int:
         print("sanitize_triton: no CUDA device here", file=sys.stderr)
         return 2
     device = torch.device("cpu" if dry else "cuda")
-    every = {peer.name: peer.build for peer in (*own.peers(torch.float16, on_gpu=True), *own.CHAINED)}
+    peers = (*dense.peers(torch.float16), *own.peers(torch.float16, on_gpu=True), *own.CHAINED)
+    every = {peer.name: peer.build for peer in peers}
     builds = {name: every[name] for name in CASES} | OF_ROWS
     wrong = 0
     for name, build in builds.items():

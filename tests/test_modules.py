@@ -6,7 +6,9 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsebert as sb
 from packed_cases import INPUT_SCALE, KINDS, LEAD, OUT, RANK, in_features_of, linear_of, make, packed, pairs
@@ -22,6 +24,7 @@ from sparsebert.nn import (
     module_from_entry,
 )
 from sparsebert.ops import layouts
+from sparsebert.ops.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -525,6 +528,24 @@ def test_a_forced_backend_reaches_the_dense_layout():
     module = packed("nm-2:4", "dense")
     with sb.backend("triton"), pytest.raises(RuntimeError, match="no forced backend serves layout 'dense'"):
         module(torch.randn(3, 52))
+
+
+@pytest.mark.parametrize(("activation", "through"), [("none", []), ("gelu", ["dense_linear"])])
+@pytest.mark.parametrize("layout", ["neutral", "dense"])
+def test_a_dense_layer_is_an_op_where_a_kernel_may_apply_its_activation(layout, activation, through):
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "sparsebert":
+                found.append(function._schema.name.removeprefix("sparsebert::"))
+            return function(*args, **(kwargs or {}))
+
+    module, x, found = packed("dense", layout), torch.randn(3, 45), []
+    module.activation = activation
+    with torch.no_grad(), Ops():
+        y = module(x)
+    assert found == through
+    with torch.no_grad():
+        assert torch.equal(y, ACTIVATIONS[activation](F.linear(x, module.dense_weight(), module.bias)))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LEAD if kind != "factors+bitmap"])

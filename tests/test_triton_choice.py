@@ -16,8 +16,8 @@ from sparsebert.formats import bitmap as bitmap_format
 from sparsebert.nn import PackedLinear
 from sparsebert.ops import devices, layouts, select
 from sparsebert.ops.devices import Device
-from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec
-from sparsebert.ops.triton import bitmap, int8, low_rank, nm, support
+from sparsebert.ops.specs import BitmapSpec, DenseSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec
+from sparsebert.ops.triton import bitmap, dense, int8, low_rank, nm, support
 from sparsebert.ops.triton.configurations import MOST_SPLITS
 
 NM = NMSpec(2, 4, 768, 3072)
@@ -46,6 +46,27 @@ def test_what_is_refused_and_why(changed, reason):
         chosen = "triton" if reason is None else "reference"
         if problem.spec.op == "nm_linear":
             assert select.choose(problem).backend == chosen
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"layout": "dense"}, None),
+        ({"dtype": torch.bfloat16, "activation": "relu"}, None),
+        ({"activation": "none"}, "nothing to fuse: torch's own linear is as good"),
+        (
+            {"dtype": torch.float32},
+            "needs float16 or bfloat16: in float32 what fusing saves is little beside the product",
+        ),
+        ({"device": Device("cpu")}, "needs a CUDA device, not cpu"),
+        ({"device": H200._replace(capability=(7, 5))}, "needs compute capability 8.0, found 7.5"),
+    ],
+)
+def test_a_dense_product_is_torchs_unless_an_activation_follows_it(changed, reason):
+    problem = BASE._replace(spec=DenseSpec(768, 3072), **changed)
+    assert dict((c.backend, r) for c, r in select.review(problem)) == {"triton": reason, "reference": None}
+    assert select.choose(problem).backend == ("triton" if reason is None else "reference")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +111,16 @@ def on_gpu(monkeypatch):
     devices.describe.cache_clear()
     yield pretend
     devices.describe.cache_clear()
+
+
+def test_a_packed_dense_layer_is_explained_by_what_runs_it(on_gpu):
+    model = nn.Sequential(nn.Linear(64, 48)).half()
+    sb.compress_(model, {"0": sb.DenseConfig()}, layout="neutral")
+    on_gpu((9, 0))
+    assert sb.explain(model).layers[0].kernel == "reference (torch's linear on the unpacked weight)"
+    model[0].activation = "gelu"
+    kernel = sb.explain(model).layers[0].kernel
+    assert kernel.startswith("triton (Triton: bias and activation as the product is written; block_m")
 
 
 @pytest.mark.parametrize("config", FORMATS.values(), ids=FORMATS.keys())
@@ -145,6 +176,44 @@ def test_configurations_fit_their_kernel(pattern, in_features, out_features, tok
         assert config.block_n < 2 * max(16, tokens)
     # int8 of these patterns has registers to spare.
     assert len(set(found)) > 3 or nm.slot_by_slot(n, m)
+
+
+@given(
+    st.integers(1, 8192),
+    st.integers(1, 8192),
+    st.integers(0, 1 << 20),
+    st.sampled_from([*DEVICES.values(), Device("cpu")]),
+)
+def test_dense_configurations_fit_their_kernel(in_features, out_features, tokens, device):
+    """Sides that are powers of two, and splits for few tokens alone."""
+    spec = DenseSpec(in_features, out_features)
+    found = dense.configurations(select.Problem("neutral", device, torch.float16, spec, tokens, "gelu"))
+    for config in found:
+        for side in config[:3]:
+            assert side >= 16 and side & (side - 1) == 0
+        steps = -(-in_features // config.block_k)
+        assert config.split_k == 1 or (config.split_k <= MOST_SPLITS and 2 * config.split_k <= steps)
+        assert config.split_k == 1 or tokens <= 32
+        assert config.block_n < 2 * max(16, tokens)
+    assert 5 < len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tile", "splits"),
+    [
+        (1, (64, 16), 2),
+        (32, (64, 32), 2),
+        (128, (64, 64), 1),
+        (512, (64, 128), 1),
+        (1024, (128, 128), 1),
+        (1 << 20, (128, 128), 1),
+    ],
+)
+def test_dense_tiles_grow_with_what_there_is_to_share_out(tokens, tile, splits):
+    """Of BERT-base's feed-forward layer on 132 multiprocessors."""
+    problem = BASE._replace(spec=DenseSpec(768, 3072), tokens=tokens)
+    estimate = dense.configurations(problem)[0]
+    assert (estimate.block_m, estimate.block_n) == tile and estimate.split_k == splits
 
 
 @given(

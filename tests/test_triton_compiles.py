@@ -128,7 +128,7 @@ def test_quantizing_divides_as_ieee_has_it_and_rounds_the_product_first():
 def test_each_kernel_waits_where_it_is_launched_before_the_one_ahead_has_ended():
     """Before anything is read or written, and it lets the next begin."""
     first = {case.kernel: case for case in cases(90) if case.dots != "fp32"}
-    assert len(first) == 8
+    assert len(first) == 9
     for case in first.values():
         code = [line.strip() for line in compile_case(case, 90, pdl=True).ptx.splitlines()]
         wait = next(i for i, line in enumerate(code) if line.startswith("griddepcontrol.wait"))

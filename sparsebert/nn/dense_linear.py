@@ -24,6 +24,7 @@ class DenseLinear(PackedLinear):
 
     format = DenseConfig.format
     plain_layouts = (NEUTRAL, DENSE)
+    fuses_activations = True
     spec: DenseSpec
 
     def __init__(

@@ -47,6 +47,8 @@ class PackedLinear(nn.Module, ABC):
     format: ClassVar[str]
     # Layouts whose first tensor is the dense weight, for which torch's own linear is all there is to run.
     plain_layouts: ClassVar[tuple[str, ...]] = (DENSE,)
+    # Whether a kernel for those layouts applies the activation, where there is one: then there is more to run.
+    fuses_activations: ClassVar[bool] = False
     # Fields of the spec in which the parts of a stack may differ (nn.stacking).
     may_differ: ClassVar[tuple[str, ...]] = ("out_features",)
 
@@ -345,7 +347,8 @@ class PackedLinear(nn.Module, ABC):
         if columns is not None and x.shape[-1:] != (self.in_features,):
             # Where a kernel takes the columns, nothing else would see that they are not there.
             raise ValueError(f"{self.spec.op}: x has shape {tuple(x.shape)}, expected (..., {self.in_features})")
-        if self.layout in self.plain_layouts and not select.may_be_forced():
+        more = self.fuses_activations and activation != "none"
+        if self.layout in self.plain_layouts and not more and not select.may_be_forced():
             # Called directly, torch's own linear costs no op overhead, and compilers can fuse it.
             weight = self._tensor(self._names[0])
             if not weight.requires_grad:

@@ -12,6 +12,7 @@ from closeness import check
 from sparsebert.formats import bitmap, int8, nm
 from sparsebert.ops import (
     bitmap_linear,
+    dense_linear,
     int8_linear,
     layouts,
     low_rank_sparse,
@@ -19,7 +20,7 @@ from sparsebert.ops import (
     select,
 )
 from sparsebert.ops.activations import ACTIVATIONS
-from sparsebert.ops.specs import BitmapSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec
+from sparsebert.ops.specs import BitmapSpec, DenseSpec, Int8Spec, LowRankSparseSpec, LowRankSpec, NMSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,6 +77,78 @@ def test_int8_linear_against_float64(n, m, layout, activations, dtype):
                 # One rounding to the dtype, and fp32 before it.
                 bound = torch.finfo(dtype).eps * exact.abs().max() + 4e-6 * exact.abs().max()
                 assert (y.double() - exact).abs().max() <= bound, (tokens, activation)
+
+
+@pytest.mark.parametrize("layout", ["neutral", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_dense_linear_against_float64(dtype, layout):
+    for out_features, in_features in (*SIZES, (37, 45), (130, 7)):
+        weight = torch.randn(out_features, in_features, device="cuda", dtype=dtype)
+        sizes = DenseSpec(in_features, out_features)._asdict()
+        for bias in (torch.randn(out_features, device="cuda", dtype=dtype), None):
+            for tokens in TOKENS:
+                x = torch.randn(tokens, in_features, device="cuda", dtype=dtype)
+                for activation in [name for name in ACTIVATIONS if name != "none"]:
+                    poison(tokens, out_features, dtype)
+                    with sb.backend("triton"):
+                        y = dense_linear(x, [weight], bias, layout=layout, activation=activation, **sizes)
+                    check(y, x, weight, bias, activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_configuration_of_a_dense_product_against_float64(dtype):
+    """With splits and without; the same bits every time. Rows of x and of the weight lie apart."""
+    weight = torch.full((3072, 1024), torch.nan, device="cuda", dtype=dtype)[:, :768]
+    weight.copy_(torch.randn(3072, 768))
+    for tokens in (1, 33, 512):
+        x = torch.full((tokens, 1000), torch.nan, device="cuda", dtype=dtype)[:, 8:776]
+        x.copy_(torch.randn(tokens, 768))
+        problem = select.problem_of(DenseSpec(768, 3072), "neutral", x, "gelu")
+        assert select.choose(problem).backend == "triton"
+        (candidate,) = (found for found in select.candidates("dense_linear", "neutral") if found.backend == "triton")
+        for solution in select.solutions(candidate, problem):
+            poison(tokens, 3072, dtype)
+            y = solution.run(x, [weight], None, problem)
+            check(y, x, weight, None, "gelu")
+            assert torch.equal(solution.run(x, [weight], None, problem), y), solution
+
+
+def test_a_dense_product_alone_stays_torchs():
+    x = torch.randn(33, 768, device="cuda").half()
+    linear = nn.Linear(768, 3072).half().cuda().requires_grad_(False)
+    problem = select.problem_of(DenseSpec(768, 3072), "neutral", x, "none")
+    assert select.choose(problem).backend == "reference"
+    y = dense_linear(x, [linear.weight], linear.bias, layout="neutral", **DenseSpec(768, 3072)._asdict())
+    assert torch.equal(y, linear(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [16, 512])
+@pytest.mark.parametrize("how", ["compiled", "captured", "launched early"])
+def test_a_dense_product_with_gelu_compiled_captured_and_launched_early(how, tokens, monkeypatch):
+    """The same numbers, to the bit, split (few tokens) and not."""
+    linear = nn.Linear(768, 3072).half().cuda().requires_grad_(False)
+    layer = sb.nn.DenseLinear.from_linear(linear, sb.DenseConfig())
+    layer.activation = "gelu"
+    x = torch.randn(tokens, 768, device="cuda").half()
+    assert select.choose(layer.problem(tokens)).backend == "triton"
+    expected = layer(x)
+    check(expected, x, linear.weight, linear.bias, "gelu")
+    if how == "compiled":
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), expected)
+        return
+    if how == "launched early":
+        monkeypatch.setenv("SPARSEBERT_PDL", "1")
+        for _ in range(20):
+            assert torch.equal(layer(x), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    for _ in range(5):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
 
 
 def bitmap_weight(out_features, in_features, density, dtype, layout):

@@ -107,6 +107,22 @@ def test_text_classification_pipeline(packed, tmp_path):
         model = again.model
 
 
+def test_fused_in_pipelines_and_sentence_transformers(minilm, packed):
+    """Of MiniLM the same embeddings, dense and packed, as people call them."""
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    tokenizer = packed[1]
+    for config in (None, CONFIG):
+        model = st.SentenceTransformer(str(minilm), device="cpu")
+        encoder = model[0].auto_model
+        if config is not None:
+            sb.compress_(encoder, config)
+        expected, alone = model.encode(TEXTS), hidden(encoder, tokenizer, TEXTS[0])
+        assert sb.fuse_(encoder).layers == 6
+        numpy.testing.assert_allclose(model.encode(TEXTS), expected, rtol=0, atol=1e-6)
+        pipe = pipeline("feature-extraction", model=encoder, tokenizer=tokenizer)
+        torch.testing.assert_close(pipe(TEXTS[0], return_tensors=True), alone, rtol=0, atol=1e-5)
+
+
 RELOAD = """
 import sys
 import numpy

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import sparsebert as sb
+from sparsebert import ops
 from sparsebert.bench.linear.cases import LIMITS, SHORT, Built, Case, Peer, product
 
 
@@ -31,6 +33,19 @@ def _fused(case: Case, dtype: torch.dtype) -> Built:
         return torch._addmm_activation(b, x, copy.t(), use_gelu=True)
 
     return _built(case, x, w, b, call, gelu=form)
+
+
+def _own(case: Case, dtype: torch.dtype) -> Built:
+    """GELU in the epilogue of this package's kernel for dense weights."""
+    x, w, b = case.operands(dtype)
+    backend = "triton" if case.device.type == "cuda" else "reference"
+    sizes = {"in_features": case.shape.in_features, "out_features": case.shape.out_features}
+
+    def call(copy: Tensor) -> Tensor:
+        with sb.backend(backend):
+            return ops.dense_linear(x, [copy], b, layout="neutral", activation=case.activation, **sizes)
+
+    return _built(case, x, w, b, call)
 
 
 def _compiled(case: Case, dtype: torch.dtype, **options: Any) -> Built:
@@ -61,7 +76,8 @@ def _built(case: Case, x: Tensor, w: Tensor, b: Tensor, call: Any, gelu: str = "
 
 
 def peers(dtype: torch.dtype, *, dry: bool = False) -> tuple[Peer, ...]:
-    """torch's linear (cuBLAS on a GPU), with GELU in its epilogue, and what torch.compile makes of both."""
+    """torch's linear (cuBLAS on a GPU), with GELU in its epilogue, what torch.compile makes of both, and this package's
+    kernel in 16 bits."""
     short, name = SHORT[dtype], str(dtype).removeprefix("torch.")
     library = "torch" if dtype == torch.float32 else "cublas"
     # A dry run walks the calls and compiles nothing.
@@ -69,6 +85,16 @@ def peers(dtype: torch.dtype, *, dry: bool = False) -> tuple[Peer, ...]:
     # The int8 kernel is held against bf16 with GELU on both feed-forward layers.
     gelu = ("ffn_in", "ffn_out") if dtype == torch.bfloat16 else ("ffn_in",)
     rate = f"matmul_{short}"
+    own = Peer(
+        f"dense/neutral/triton/{short}",
+        "dense",
+        name,
+        "bias + GELU (erf)",
+        partial(_own, dtype=dtype),
+        rate,
+        plain=False,
+        gelu=gelu,
+    )
     return (
         Peer(
             f"{library}_{short}",
@@ -97,4 +123,5 @@ def peers(dtype: torch.dtype, *, dry: bool = False) -> tuple[Peer, ...]:
             rate,
             compiled=True,
         ),
+        *([own] if dtype.itemsize == 2 else []),
     )

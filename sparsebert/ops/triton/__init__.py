@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsebert.ops.triton import (  # noqa: F401 (add their layouts and candidates)
     bitmap,
+    dense,
     embeddings,
     int8,
     layer_norm,
