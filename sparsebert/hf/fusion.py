@@ -113,18 +113,22 @@ def fuse_(model: nn.Module) -> FuseReport:
     for place, (_, parts, _) in layers.items():
         if reason := projection.refusal([parts[name] for name in PARTS]):
             separate[place] = reason
-    for place, (layer, parts, options) in layers.items():
+    count = len(layers)
+    for place in list(layers):
+        # Nothing else holds them then, so that at most one layer's projections are in memory twice.
+        layer, parts, options = layers.pop(place)
         if place not in separate:
-            # One layer after the other, so that at most one is in memory twice.
-            parts = {PROJECTION: projection.merge([parts[name] for name in PARTS]), **parts}
+            merged = projection.merge([parts[name] for name in PARTS])
             for name in PARTS:
                 _put(layer, options["paths"][name], None)
+                del parts[name]
+            parts[PROJECTION] = merged
         fused = FusedEncoderLayer(parts, stands_for=layer, **options).train(layer.training)
         _put(model, place, fused)
     for _, encoder in encoders:
         own: Any = type(encoder)
         encoder.__class__ = _fused_class(own)
-    return FuseReport(len(layers), separate)
+    return FuseReport(count, separate)
 
 
 @torch.no_grad()
@@ -134,14 +138,14 @@ def unfuse_(model: nn.Module) -> nn.Module:
     encoders: list[Any] = [module for module in model.modules() if isinstance(module, _Fused)]
     if not encoders:
         raise ValueError(f"unfuse_: {type(model).__name__} is not fused")
-    for path, fused in list(model.named_modules()):
-        if isinstance(fused, FusedEncoderLayer):
-            layer = fused.stands_for[0]
-            for place, part in fused.parts().items():
-                _put(layer, place, part)
-            if isinstance(fused.intermediate, PackedLinear):
-                fused.intermediate.activation = "none"
-            _put(model, path, layer.train(fused.training))
+    for path in [path for path, module in model.named_modules() if isinstance(module, FusedEncoderLayer)]:
+        fused: Any = model.get_submodule(path)
+        layer = fused.stands_for[0]
+        for place, part in fused.parts().items():
+            _put(layer, place, part)
+        if isinstance(fused.intermediate, PackedLinear):
+            fused.intermediate.activation = "none"
+        _put(model, path, layer.train(fused.training))
     for encoder in encoders:
         encoder.__class__ = encoder.unfused_class
     return model

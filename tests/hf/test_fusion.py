@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import weakref
 from collections import Counter
 
 import pytest
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsebert as sb
 from sparsebert.hf.fusion import BLOCKS
-from sparsebert.nn import Int8Linear, PackedLinear
+from sparsebert.nn import Int8Linear, PackedLinear, projection
 from sparsebert.nn.fused_encoder_layer import FusedEncoderLayer
 from sparsebert.ops import layouts
 from sparsebert.roles import find_layers
@@ -171,6 +172,26 @@ def test_unfused_as_it_was(family):
     inputs = batch(model)
     assert torch.equal(real(model, inputs), real(before, inputs))
     model.train()(**inputs)[0].sum().backward()
+
+
+def test_no_weight_is_held_twice():
+    """Not even while the layers after it are still to be fused."""
+    model = compressed(sb.NMConfig(2, 4))
+    apart = [weakref.ref(layer.attention.self.query) for layer in model.bert.encoder.layer]
+    seen = []
+    merge = projection.merge
+
+    def watched(parts):
+        seen.append([part() is not None for part in apart])
+        return merge(parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(projection, "merge", watched)
+        sb.fuse_(model)
+    assert seen == [[True, True], [False, True]]
+    one = [weakref.ref(layer.query_key_value) for layer in model.bert.encoder.layer]
+    sb.unfuse_(model)
+    assert [part() for part in (*apart, *one)] == [None] * 4
 
 
 class _Ops(TorchDispatchMode):
