@@ -11,7 +11,7 @@ import pytest
 
 from bench_rows import CPU_RECORD, IN, OUT, RECORD, linear, model, own, run_file
 from sparsebert.bench import records
-from sparsebert.bench.report import choices, compare, page, plots, summary, tables
+from sparsebert.bench.report import aims, choices, compare, page, plots, summary, tables
 from sparsebert.ops import measurements
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -394,6 +394,36 @@ def test_the_summary_of_a_gpu_check():
     assert "| bert-base | 8 x 128, full | graph_fp16 | 1.23 |" in text
     assert "| cutlass_fp16 | refused | 1 | not on this GPU |" in text
     assert "1 layer of tuned plans checked: none" in text
+
+
+def test_the_aims_of_the_fused_encoder_by_hand():
+    alone = {"batch": 1, "length": 128}
+    many = {"batch": 32, "lengths": "glue"}
+    squad = {"model": "bert-large", "length": 384, "lengths": "squad"}
+    rows = [
+        model("compiled_fp16", 650.0, **alone),
+        model("fused_fp16", 500.0, **alone),
+        # The faster of two compiled ones, and of the formats.
+        model("compiled_fp16", 4000.0, **many),
+        model("compiled_max_fp16", 3000.0, **many),
+        model("fused_fp16", 2000.0, **many),
+        model("fused_int8", 1500.0, format="int8", **many),
+        model("fused_int8+2:4/mma_sp", 1000.0, format="int8+2:4", **many),
+        # Wrong: no number counts.
+        model("fused_mixed", 10.0, format="mixed", **{**many, "status": "wrong"}),
+        model("fused_fp16", 8000.0, batch=32, sequences_per_s=4000.0, **squad),
+        model("fused_int8", 9000.0, batch=128, sequences_per_s=9102.0 * 1.5, **squad),
+        model("graph_fp16", 9000.0, batch=128, sequences_per_s=1e6, **squad),
+    ]
+    assert [line[2:3] + line[4:] for line in aims.table(rows).lines] == [
+        ("fused_fp16", "1.30x", "1.3x", "met"),
+        ("fused_fp16", "1.50x", "2x", "missed"),
+        ("fused_int8+2:4/mma_sp", "2.00x", "1.5x", "met"),
+        ("fused_int8", "1.50x", "1x", "met"),
+    ]
+    assert not aims.table(rows[:1]).lines
+    text = summary.summary([{"dry": False, **row} for row in ({"kind": "environment", "record": RECORD}, *rows)])
+    assert "## The fused encoder" in text
 
 
 def test_the_summary_names_no_gpu_above_other_figures():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsebert.bench import records
-from sparsebert.bench.report import compare, page, tables
+from sparsebert.bench.report import aims, compare, page, tables
 from sparsebert.bench.report.tables import Table, number
 
 Row = dict[str, Any]
@@ -28,7 +28,8 @@ PEAKS_NOTE = "One instruction or transfer alone. 2:4 counts the dense product it
 
 def summary(rows: Sequence[Row]) -> str:
     """Markdown: where it ran, what each step came to, whether a tuned layer is slower than dense, ceilings and peaks,
-    the 2:4 kernel beside what it is held against, linears at a few token counts, models, what did not work and why.
+    the 2:4 kernel and the fused encoder beside what they are held against, linears at a few token counts, models, what
+    did not work and why.
 
     ``ValueError`` where times of a CPU come with the record of a GPU.
     """
@@ -40,6 +41,7 @@ def summary(rows: Sequence[Row]) -> str:
         _section("Ceilings", "", tables.ceilings(rows)),
         peaks(rows),
         _section("The CUDA 2:4 kernel", AGAINST_NOTE, _against(rows)),
+        _section("The fused encoder", aims.NOTE, aims.table(rows)),
         _section("Break-even", page.BREAK_EVEN_NOTE, tables.break_even(rows)),
         _section("Linear layers", page.OPS_NOTE, tables.ops(shown)),
         _section("Roofline", page.ROOFLINE_NOTE, tables.roofline(rows)),
