@@ -51,6 +51,8 @@ SPILLS = {
     (100, "int8_linear"): 24,
     (100, "int8_linear 1:16 128x128x256x2x8x5"): 128,
     (120, "int8_linear"): 16,
+    (120, "dense_linear fp16 64x16x128x2x4x3"): 8,
+    (120, "dense_linear bf16 64x16x128x2x4x3"): 8,
     (120, "low_rank_sparse_linear bitmap"): 16,
     (120, "low_rank_sparse_linear 3 of bitmap outside fp16 64x32x64x32xFalse"): 8,
     (120, "low_rank_sparse_linear 3 of rows outside fp16 128x32x64x32xFalse"): 8,
