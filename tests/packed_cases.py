@@ -49,6 +49,26 @@ LEAD = (
     "dense",
 )
 
+# What a whole model is compressed to, by the text of the config.
+CONFIGS = {
+    str(config): config
+    for config in (
+        sb.NMConfig(2, 4),
+        sb.NMConfig(1, 4),
+        sb.NMConfig(2, 4, columns=0.5),
+        sb.BitmapConfig(0.1),
+        sb.LowRankConfig(ratio=0.25),
+        sb.LowRankSparseConfig(ratio=0.2, sparse=sb.RowsConfig(0.1)),
+        sb.LowRankSparseConfig(ratio=0.2, sparse=sb.NMConfig(1, 4)),
+        sb.LowRankSparseConfig(ratio=0.2, sparse=sb.BitmapConfig(0.05)),
+        sb.Int8Config(),
+        sb.Int8Config("static"),
+        sb.Int8Config("dynamic", sb.NMConfig(2, 4)),
+        sb.Int8Config("static", sb.NMConfig(1, 4)),
+        sb.DenseConfig(),
+    )
+}
+
 TRITON_LAYOUTS = {
     "low-rank": "padded",
     "factors+2:4": "padded",

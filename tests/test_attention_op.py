@@ -8,6 +8,9 @@ import torch
 import sparsebert as sb
 from sparsebert import ops
 from sparsebert.ops import attention as module
+from sparsebert.ops.devices import Device
+from sparsebert.ops.select import Problem
+from sparsebert.ops.specs import AttentionSpec
 
 LENGTHS = [(5,), (1, 1, 1), (7, 1, 33, 2), (0, 4, 0, 3, 0), (128, 64)]
 HEADS, SIZE = 3, 8
@@ -156,6 +159,23 @@ def test_flash_is_refused_with_the_reason():
     q, k, v, ends = case((4, 3))
     with sb.backend("torch"), pytest.raises(RuntimeError, match="needs a CUDA device, not cpu"):
         ops.varlen_attention(q, k, v, ends, heads=HEADS, max_length=4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "size", "reason"),
+    [
+        ((8, 0), torch.float16, 64, None),
+        ((9, 0), torch.bfloat16, 256, None),
+        ((7, 5), torch.float16, 64, "needs compute capability 8.0, found 7.5"),
+        ((9, 0), torch.float32, 64, "needs float16 or bfloat16, not float32"),
+        ((9, 0), torch.float16, 20, "needs heads of a multiple of 8 up to 256 features, not 20"),
+        ((9, 0), torch.float16, 264, "needs heads of a multiple of 8 up to 256 features, not 264"),
+    ],
+)
+def test_what_flash_takes_on_a_gpu(capability, dtype, size, reason):
+    device = Device("cuda", "Test GPU", capability)
+    problem = Problem("neutral", device, dtype, AttentionSpec(12, size), 100, "none")
+    assert module._flash_refusal(problem) == reason
 
 
 def test_flash_takes_what_the_op_gives_it():

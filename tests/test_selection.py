@@ -13,14 +13,12 @@ import torch
 from sparsebert.ops import layout_choice, layouts, measurements, select
 from sparsebert.ops.devices import Device, describe
 from sparsebert.ops.specs import (
+    AttentionSpec,
     BitmapSpec,
     DenseSpec,
-    EmbeddingSpec,
-    LayerNormSpec,
     LowRankSparseSpec,
     LowRankSpec,
     NMSpec,
-    RowsSpec,
 )
 
 SPEC = NMSpec(2, 4, 768, 3072)
@@ -63,11 +61,10 @@ def test_reference_serves_every_portable_layout():
 
 
 def test_ops_with_the_same_numbers_are_not_taken_for_each_other():
-    """A pattern and two factors in parts, or rows of three ops: equal as tuples."""
+    """A pattern and two factors in parts, a weight and heads: equal as tuples."""
     for equal in (
         (LowRankSpec(2, 4, 4, parts=4), NMSpec(2, 4, 4, 4)),
-        (RowsSpec(64), EmbeddingSpec(64)),
-        (DenseSpec(1, 64), LayerNormSpec(True, 64)),
+        (DenseSpec(64, 64), AttentionSpec(64, 64)),
     ):
         assert equal[0] == equal[1]
         for spec in equal:

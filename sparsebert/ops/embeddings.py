@@ -11,6 +11,8 @@ a row of NaN; no other is touched. No gradients: an inference path.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,9 +23,23 @@ from sparsebert.ops.devices import describe
 from sparsebert.ops.layer_norm import check_norm, normalize, widened
 from sparsebert.ops.layouts import NEUTRAL
 from sparsebert.ops.select import Candidate, Problem
-from sparsebert.ops.specs import EmbeddingSpec
+from sparsebert.ops.specs import RowsSpec
 
-OP = EmbeddingSpec(1).op
+OP = "embed_layer_norm"
+
+
+class Arguments(NamedTuple):
+    """Those of the op, as ``embed_layer_norm`` describes them."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    token_type_ids: Tensor | None
+    words: Tensor
+    positions: Tensor
+    token_types: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    eps: float
 
 
 def embed_layer_norm(
@@ -57,22 +73,13 @@ def define(library: torch.library.Library) -> None:
     )
 
 
-def _check(
-    input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor | None,
-    words: Tensor,
-    positions: Tensor,
-    token_types: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> None:
+def _check(given: Arguments) -> None:
+    input_ids, position_ids, token_type_ids, words, positions, token_types = given[:6]
     if (token_type_ids is None) != (token_types is None):
-        given, missing = (
+        there, missing = (
             ("token_types", "token_type_ids") if token_type_ids is None else ("token_type_ids", "token_types")
         )
-        raise ValueError(f"{OP}: {given} comes without {missing}, expected both or neither")
+        raise ValueError(f"{OP}: {there} comes without {missing}, expected both or neither")
     if words.dim() != 2:
         raise ValueError(f"{OP}: words has shape {tuple(words.shape)}, expected (entries, features)")
     if words.dtype not in DTYPES:
@@ -97,59 +104,31 @@ def _check(
             raise TypeError(f"{OP}: {name} is {ids.dtype}, expected torch.int64 or torch.int32")
         if ids.device != words.device:
             raise ValueError(f"{OP}: {name} is on {ids.device}, expected {words.device} as words")
-    check_norm(OP, words, "words", weight, bias, eps)
+    check_norm(OP, words, "words", given.weight, given.bias, given.eps)
 
 
-def _embed_layer_norm(
-    input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor | None,
-    words: Tensor,
-    positions: Tensor,
-    token_types: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> Tensor:
-    given = (input_ids, position_ids, token_type_ids, words, positions, token_types, weight, bias, eps)
-    _check(*given)
-    spec = EmbeddingSpec(words.shape[1])
-    problem = Problem(NEUTRAL, describe(words.device), words.dtype, spec, input_ids.numel(), "none")
-    return select.choose_between(problem).candidate.run(*given)
+def _embed_layer_norm(*arguments: Any) -> Tensor:
+    given = Arguments(*arguments)
+    _check(given)
+    words = given.words
+    spec = RowsSpec(OP, words.shape[1])
+    problem = Problem(NEUTRAL, describe(words.device), words.dtype, spec, given.input_ids.numel(), "none")
+    return select.choose_between(problem).candidate.run(given)
 
 
-def _embed_layer_norm_fake(
-    input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor | None,
-    words: Tensor,
-    positions: Tensor,
-    token_types: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> Tensor:
-    _check(input_ids, position_ids, token_type_ids, words, positions, token_types, weight, bias, eps)
-    return words.new_empty((*input_ids.shape, words.shape[1]))
+def _embed_layer_norm_fake(*arguments: Any) -> Tensor:
+    given = Arguments(*arguments)
+    _check(given)
+    return given.words.new_empty((*given.input_ids.shape, given.words.shape[1]))
 
 
-def _reference(
-    input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor | None,
-    words: Tensor,
-    positions: Tensor,
-    token_types: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> Tensor:
+def _reference(given: Arguments) -> Tensor:
     # In the order of transformers, which shows in the last bit.
-    z = widened(F.embedding(input_ids, words))
-    if token_type_ids is not None and token_types is not None:
-        z = z + widened(F.embedding(token_type_ids, token_types))
-    z = z + widened(F.embedding(position_ids, positions))
-    return normalize(z, weight, bias, eps).to(words.dtype)
+    z = widened(F.embedding(given.input_ids, given.words))
+    if given.token_type_ids is not None and given.token_types is not None:
+        z = z + widened(F.embedding(given.token_type_ids, given.token_types))
+    z = z + widened(F.embedding(given.position_ids, given.positions))
+    return normalize(z, given.weight, given.bias, given.eps).to(given.words.dtype)
 
 
 select.add_candidate(Candidate(OP, NEUTRAL, "reference", "by torch's own ops", reference.always, _reference))

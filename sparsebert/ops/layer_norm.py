@@ -23,9 +23,9 @@ from sparsebert.ops import inference, reference, select
 from sparsebert.ops.layouts import NEUTRAL
 from sparsebert.ops.quantized import check_scale
 from sparsebert.ops.select import Candidate
-from sparsebert.ops.specs import LayerNormSpec
+from sparsebert.ops.specs import RowsSpec
 
-OP, QUANTIZE_OP = (LayerNormSpec(quantized, 1).op for quantized in (False, True))
+OP, QUANTIZE_OP = "add_layer_norm", "add_layer_norm_quantize"
 
 
 def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -86,7 +86,7 @@ def _check(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Te
 
 def _add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     _check(OP, x, residual, weight, bias, eps)
-    problem = select.problem_of(LayerNormSpec(False, x.shape[-1]), NEUTRAL, x, "none")
+    problem = select.problem_of(RowsSpec(OP, x.shape[-1]), NEUTRAL, x, "none")
     return select.choose_between(problem).candidate.run(x, residual, weight, bias, eps)
 
 
@@ -101,7 +101,7 @@ def _add_layer_norm_quantize(
     _check(QUANTIZE_OP, x, residual, weight, bias, eps)
     if input_scale is not None:
         check_scale(QUANTIZE_OP, "input_scale", input_scale, (), x.device)
-    problem = select.problem_of(LayerNormSpec(True, x.shape[-1]), NEUTRAL, x, "none")
+    problem = select.problem_of(RowsSpec(QUANTIZE_OP, x.shape[-1]), NEUTRAL, x, "none")
     return select.choose_between(problem).candidate.run(x, residual, weight, bias, eps, input_scale)
 
 

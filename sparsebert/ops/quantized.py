@@ -24,7 +24,7 @@ from sparsebert.ops.layouts import NEUTRAL
 from sparsebert.ops.select import Candidate, Problem
 from sparsebert.ops.specs import Int8Spec, RowsSpec
 
-OP = RowsSpec(1).op
+OP = "quantize_rows"
 _FIELDS = "str layout, str activations, int n, int m, int in_features, int out_features, str activation='none'"
 
 
@@ -105,7 +105,7 @@ def check_scale(op: str, name: str, scale: Tensor, shape: tuple[int, ...], devic
 
 def _quantize_rows(x: Tensor, input_scale: Tensor | None = None, *, activation: str = "none") -> tuple[Tensor, Tensor]:
     _check_rows(x, input_scale, activation)
-    problem = select.problem_of(RowsSpec(x.shape[-1]), NEUTRAL, x, activation)
+    problem = select.problem_of(RowsSpec(OP, x.shape[-1]), NEUTRAL, x, activation)
     return select.choose_between(problem).candidate.run(x, input_scale, problem)
 
 

@@ -123,17 +123,14 @@ class DenseSpec(NamedTuple):
 
 
 class RowsSpec(NamedTuple):
-    """No weight: rows of ``in_features`` numbers."""
+    """No weight: rows of ``in_features`` numbers, for the op of that name."""
 
+    op: str
     in_features: int
 
     @property
     def out_features(self) -> int:
         return self.in_features
-
-    @property
-    def op(self) -> str:
-        return "quantize_rows"
 
     @property
     def label(self) -> str:
@@ -163,59 +160,11 @@ class AttentionSpec(NamedTuple):
         return f"{self.heads} heads of {self.head_size}"
 
 
-class LayerNormSpec(NamedTuple):
-    """LayerNorm of rows of ``in_features`` numbers, ``quantized`` after it or not."""
-
-    quantized: bool
-    in_features: int
-
-    @property
-    def out_features(self) -> int:
-        return self.in_features
-
-    @property
-    def op(self) -> str:
-        return "add_layer_norm_quantize" if self.quantized else "add_layer_norm"
-
-    @property
-    def label(self) -> str:
-        return ""
-
-
-class EmbeddingSpec(NamedTuple):
-    """LayerNorm of sums of embeddings of ``in_features`` numbers."""
-
-    in_features: int
-
-    @property
-    def out_features(self) -> int:
-        return self.in_features
-
-    @property
-    def op(self) -> str:
-        return "embed_layer_norm"
-
-    @property
-    def label(self) -> str:
-        return ""
-
-
 def _rank_label(rank: int, parts: int) -> str:
     return f"rank {rank}" if parts == 1 else f"{parts} of rank {rank}"
 
 
-Spec = (
-    NMSpec
-    | BitmapSpec
-    | LowRankSpec
-    | LowRankSparseSpec
-    | Int8Spec
-    | DenseSpec
-    | RowsSpec
-    | LayerNormSpec
-    | EmbeddingSpec
-    | AttentionSpec
-)
+Spec = NMSpec | BitmapSpec | LowRankSpec | LowRankSparseSpec | Int8Spec | DenseSpec | RowsSpec | AttentionSpec
 SPECS: dict[str, type[Spec]] = {
     "nm_linear": NMSpec,
     "bitmap_linear": BitmapSpec,

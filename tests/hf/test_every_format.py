@@ -9,28 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparsebert as sb
+from packed_cases import CONFIGS
 from sparsebert.nn import MODULES, Int8Linear
 from sparsebert.swap import quantization_config
 from tiny_models import FAMILIES, inputs, outputs, tiny_model
 
-CONFIGS = {
-    str(config): config
-    for config in (
-        sb.NMConfig(2, 4),
-        sb.NMConfig(1, 4),
-        sb.NMConfig(2, 4, columns=0.5),
-        sb.BitmapConfig(0.1),
-        sb.LowRankConfig(ratio=0.25),
-        sb.LowRankSparseConfig(ratio=0.2, sparse=sb.RowsConfig(0.1)),
-        sb.LowRankSparseConfig(ratio=0.2, sparse=sb.NMConfig(1, 4)),
-        sb.LowRankSparseConfig(ratio=0.2, sparse=sb.BitmapConfig(0.05)),
-        sb.Int8Config(),
-        sb.Int8Config("static"),
-        sb.Int8Config("dynamic", sb.NMConfig(2, 4)),
-        sb.Int8Config("static", sb.NMConfig(1, 4)),
-        sb.DenseConfig(),
-    )
-}
 # Every family, under a head where it has one; test_families.py has the rest.
 KINDS = [name for name in FAMILIES if not name.endswith("-bare")]
 SELECTIONS = {

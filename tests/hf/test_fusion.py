@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsebert as sb
-from sparsebert.hf.fusion import BLOCKS
+from packed_cases import CONFIGS
+from sparsebert.hf.fused_encoder import BLOCKS
 from sparsebert.nn import Int8Linear, PackedLinear, projection
 from sparsebert.nn.fused_encoder_layer import FusedEncoderLayer
 from sparsebert.ops import layouts
@@ -25,23 +26,6 @@ from sparsebert.roles import find_layers
 from tiny_models import FAMILIES, SIZES, tiny_model
 
 KINDS = [name for name, (_, _, sizes) in FAMILIES.items() if name.removesuffix("-bare") in BLOCKS]
-CONFIGS = {
-    str(config): config
-    for config in (
-        sb.NMConfig(2, 4),
-        sb.NMConfig(2, 4, columns=0.5),
-        sb.BitmapConfig(0.1),
-        sb.LowRankConfig(ratio=0.25),
-        sb.LowRankSparseConfig(ratio=0.2, sparse=sb.RowsConfig(0.1)),
-        sb.LowRankSparseConfig(ratio=0.2, sparse=sb.NMConfig(1, 4)),
-        sb.LowRankSparseConfig(ratio=0.2, sparse=sb.BitmapConfig(0.05)),
-        sb.Int8Config(),
-        sb.Int8Config("static"),
-        sb.Int8Config("dynamic", sb.NMConfig(2, 4)),
-        sb.Int8Config("static", sb.NMConfig(1, 4)),
-        sb.DenseConfig(),
-    )
-}
 MIXED = {
     "query": sb.NMConfig(2, 4),
     "attention_output": sb.Int8Config(),

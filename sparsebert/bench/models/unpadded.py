@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sparsebert import ops
 
 __all__ = ["NAME", "describe", "register", "unpadded_attention"]
 
@@ -44,8 +45,7 @@ def unpadded_attention(
 ) -> tuple[Tensor, None]:
     """softmax(q kᵀ / sqrt(d)) v within each sequence: ``(1, heads, tokens, d)`` each -> ``(1, tokens, heads, d)``.
 
-    Torch's flash attention on a GPU, for 16-bit numbers only (``RuntimeError``), and a loop over the sequences
-    elsewhere. ``ValueError`` for a mask, a batch, or another scaling.
+    By ``ops.varlen_attention``. ``ValueError`` for a mask, a batch, or another scaling.
     """
     if attention_mask is not None or query.shape[0] != 1:
         raise ValueError(
@@ -53,22 +53,7 @@ def unpadded_attention(
         )
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
         raise ValueError(f"{NAME}: scaling is {scaling}, expected 1 / sqrt({query.shape[-1]})")
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # (tokens, heads, d)
-    attend = _flash if query.is_cuda else _one_by_one
-    return attend(q, k, v, cu_seq_lens_q, max_length_q)[None], None
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise RuntimeError(f"{NAME}: varlen_attn takes float16 or bfloat16, not {q.dtype}")
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Nothing but what every version of it takes: the scale it has by default is ours.
-    y: Any = varlen_attn(q, k, v, ends, ends, longest, longest)
-    return y
-
-
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
-    counts = ends.diff().tolist()
-    parts = zip(*(x.transpose(0, 1).split(counts, dim=1) for x in (q, k, v)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=1).transpose(0, 1)
+    # (tokens, heads * d), which is how the model made them.
+    q, k, v = (part[0].transpose(0, 1).flatten(1) for part in (query, key, value))
+    y = ops.varlen_attention(q, k, v, cu_seq_lens_q, heads=query.shape[1], max_length=max_length_q)
+    return y.view(1, len(y), query.shape[1], -1), None

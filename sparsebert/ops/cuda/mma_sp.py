@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsebert.formats import mma_sp
-from sparsebert.ops import int8, layouts, low_rank_sparse, nm, reference, select
+from sparsebert.ops import int8, layouts, low_rank_sparse, nm, quantized, reference, select
 from sparsebert.ops.cuda import nm24
 from sparsebert.ops.cuda.nm24 import RANK_MULTIPLE, Config, configurations, padded_rank
 from sparsebert.ops.devices import describe
@@ -154,7 +154,7 @@ def _int8_multiply(
 
 def _quantize(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     # By whatever serves that here: the product alone can be forced to be this backend's.
-    problem = select.problem_of(RowsSpec(x.shape[-1]), NEUTRAL, x, "none")
+    problem = select.problem_of(RowsSpec(quantized.OP, x.shape[-1]), NEUTRAL, x, "none")
     return select.choose(problem, force=False).candidate.run(x, input_scale, problem)
 
 
