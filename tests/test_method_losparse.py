@@ -1,6 +1,7 @@
 """LoSparse: the split, the scores, pruning and regrowth, what is exported, and the distillation run after it."""
 
 import copy
+import hashlib
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from torch import nn
 
 import sparsebert as sb
 from sparsebert.configs import BitmapConfig, NMConfig, RowsConfig
-from sparsebert.formats import rows
+from sparsebert.formats import low_rank, rows
 from sparsebert.methods import FactorTuning, LoSparse
 from sparsebert.methods.factored import FactoredLinear
+from sparsebert.methods.losparse import INITS, random_factors
 from sparsebert.nn import LowRankSparseLinear
 from tiny_models import outputs, tiny_model, tokens
 
@@ -54,6 +56,105 @@ def test_at_the_start_the_model_computes_what_it_did(family):
     before = outputs(model)
     LoSparse(config()).prepare(model, total_steps=20)
     assert (outputs(model) - before).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_what_each_init_gives(init):
+    model = tiny_model()
+    for linear in model.bert.encoder.modules():
+        if isinstance(linear, nn.Linear):
+            linear.weight.data *= 10  # the layers of a new model do next to nothing beside its residuals
+    before = outputs(model)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    run = LoSparse(config(), init=init).prepare(model, total_steps=20)
+    for path in run.configs:
+        u, v, sparse = (run.factors(path)[name].detach() for name in ("u", "v", "sparse"))
+        weight = weights[f"{path}.weight"]
+        if init == "random":
+            assert torch.equal(sparse, weight)
+        else:
+            torch.testing.assert_close(sparse, weight - u @ v)
+        if init == "svd":
+            theirs = low_rank.factorize(weight, len(v))
+            assert torch.equal(u, theirs[0]) and torch.equal(v, theirs[1])
+        else:
+            drawn = random_factors(weight, len(v), seed=0, name=path)
+            assert torch.equal(u, drawn[0]) and torch.equal(v, drawn[1])
+        change = (run.weight(path) - weight).norm() / weight.norm()
+        assert 0.07 < change < 0.14 if init == "random" else change < 1e-6
+    moved = (outputs(model) - before).abs().max() / before.abs().max()
+    assert 0.01 < moved < 0.5 if init == "random" else moved < 1e-5
+
+
+def test_with_random_factors_the_old_weight_is_not_trained():
+    model = one_layer([[4.0, 0.0], [0.0, 1.0]])
+    held = model.layer.weight
+    run = LoSparse({"layer": config(RowsConfig(0.5), rank=1)}, init="random").prepare(model, total_steps=4)
+    with torch.no_grad():
+        run.factors("layer")["sparse"].zero_()
+    assert held.tolist() == [[4.0, 0.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48)])
+@pytest.mark.parametrize("rank", [1, 6])
+def test_random_factors_have_the_norm_they_are_said_to(shape, rank):
+    """In the mean over 400 seeds. At rank 1 |u v|^2 = |u|^2 |v|^2 has the relative variance (1 + 2 / 48) (1 + 2 / 16) -
+    1 = 0.17, and the mean a deviation of sqrt(0.17 / 400) = 2 %: four of them are allowed."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)).mul(3)
+    found = []
+    lengths = torch.zeros(2, dtype=torch.float64)
+    for seed in range(400):
+        u, v = random_factors(weight, rank, seed=seed, name="layer")
+        assert u.shape == (shape[0], rank) and v.shape == (rank, shape[1])
+        found.append((u @ v).double().square().sum())
+        lengths += torch.stack([u.double().square().sum(), v.double().square().sum()])
+    expected = 0.01 * weight.double().square().sum()
+    assert abs(torch.stack(found).mean() / expected - 1) < 0.08
+    assert abs(lengths[0] / lengths[1] - 1) < 0.08
+
+
+def test_random_factors_follow_from_seed_and_path_alone():
+    def factors(**options):
+        torch.manual_seed(options.pop("torch_seed", 0))
+        model = tiny_model()
+        run = LoSparse(config(), init="random", **options).prepare(model, total_steps=20)
+        return {path: run.factors(path)["u"].detach() for path in run.configs}
+
+    first, again, other = factors(), factors(torch_seed=7), factors(seed=1)
+    assert all(torch.equal(first[path], again[path]) for path in first)
+    assert not any(torch.equal(first[path], other[path]) for path in first)
+    weight = torch.ones(8, 8)
+    a, b = (random_factors(weight, 2, seed=0, name=name)[0] for name in ("a", "b"))
+    assert not torch.equal(a, b)
+    # Drawn in one dtype for all, and rounded.
+    half = random_factors(weight.bfloat16(), 2, seed=0, name="a")
+    assert half[0].dtype == torch.bfloat16 and torch.equal(half[0], a.bfloat16())
+    # By hand: the same draws in every release, or a seed would mean nothing.
+    state = torch.Generator().manual_seed(int(hashlib.sha256(b"0 a").hexdigest()[:8], 16))
+    expected = torch.randn(8, 2, generator=state, dtype=torch.float64)
+    # c = 0.1 * 8 / sqrt 2, and the variance c / 8.
+    torch.testing.assert_close(a, (expected * (0.1 / 2**0.5) ** 0.5).float())
+
+
+def test_random_factors_of_zeros_are_zeros():
+    u, v = random_factors(torch.zeros(3, 4), 2, seed=0, name="layer")
+    assert not u.any() and not v.any()
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_init_trains_to_a_plan(init, kind):
+    model = tiny_model()
+    run = LoSparse(config(KINDS[kind]), init=init).prepare(model, total_steps=6)
+    start = {path: run.factors(path)["u"].detach().clone() for path in run.configs}
+    train(model, run, 6)
+    plan = run.finalize()
+    plan.verify(model)
+    assert not any(torch.equal(plan.factors[path]["u"], start[path]) for path in start)
+    model.eval()
+    expected = outputs(model)
+    sb.compress_(model, plan)
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-5, atol=1e-5)
 
 
 def one_layer(weight, dtype=torch.float32):
@@ -339,11 +440,13 @@ def test_ties_go_to_the_earlier_row_and_the_count_is_exact():
     assert 0 <= kept - round(0.15 * 2 * (4 * 32 * 32 + 2 * 32 * 64)) < 64
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("beta2", [1.0, 0.8])
-def test_resumes_as_if_it_had_not_stopped(kind, beta2):
+@pytest.mark.parametrize(
+    ("kind", "beta2", "init"),
+    [(kind, beta2, "svd") for beta2 in (1.0, 0.8) for kind in KINDS] + [("rows", 1.0, init) for init in INITS[1:]],
+)
+def test_resumes_as_if_it_had_not_stopped(kind, beta2, init):
     """Saved at step 8: inside a window of 3, before the last 4 steps of 13. Then also inside those."""
-    method = LoSparse(config(KINDS[kind]), window=3, start=1, end=4, beta2=beta2)
+    method = LoSparse(config(KINDS[kind]), window=3, start=1, end=4, beta2=beta2, init=init)
     straight = tiny_model()
     run = method.prepare(straight, total_steps=13)
     optimizer = train(straight, run, 13)
@@ -516,6 +619,7 @@ def test_a_schedule_that_does_not_fit_is_refused(options, message):
         ({"beta2": 2}, "beta2 is 2"),
         ({"window": 0}, "window is 0"),
         ({"granularity": "layer"}, "granularity is 'layer', expected one of global, matrix"),
+        ({"init": "zeros"}, "LoSparse: init is 'zeros', expected one of svd, random, random-residual"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

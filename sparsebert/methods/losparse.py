@@ -6,6 +6,7 @@ Sparse Approximation (ICML 2023). Its distillation is a run of its own after thi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -22,10 +23,15 @@ from sparsebert.methods.maths import schedules, scores, thresholds
 from sparsebert.methods.scored import check_count, check_decay, check_granularity
 from sparsebert.plan import CompressionPlan, Selection
 
+INITS = ("svd", "random", "random-residual")
+# E |u v|^2 / |W|^2 (Frobenius) of random factors.
+RANDOM_ENERGY = 0.01
+
 
 class LoSparse(Method):
     """Splits each weight as W = u v + S, u v its truncated SVD and S all the rest, so that the model computes what it
     did; trains u, v and S; and prunes S on the way, by rows (``RowsConfig``), n:m or entry by entry (``BitmapConfig``).
+    ``init`` has other ways to begin.
 
     After every optimizer step, with the new S and its gradient G = dL/dS = dL/dW, PLATON's scores are renewed: I, the
     mean of |S * G| over a window of steps, goes into Ī <- beta1 Ī + (1 - beta1) I as the next window begins. A row's
@@ -45,6 +51,11 @@ class LoSparse(Method):
       ratio. A row counts with its ``in_features`` entries, and so wide layers compete fairly with narrow ones. Layers
       of one kind (rows, bitmap) share a threshold; n:m is always a choice inside groups, on the way to n of m with
       more than n (``schedules.kept_in_group``).
+    - ``init``: what u, v and S are at first. ``svd``, as published; or, to measure what that is worth, random factors
+      (``random_factors``) with E |u v|^2 = 0.01 |W|^2, a scale of our choice: small beside W, but a real product, where
+      an adapter would start from zeros. ``random`` then has S = W, and the model starts at W + u v;
+      ``random-residual`` has S = W - u v, and it computes what it did.
+    - ``seed``: of the random factors, which follow from it and the layer's path alone: they are equal on every rank.
 
     Memory: two numbers a row of S with rows and ``beta2`` 1; otherwise two or, with ``beta2`` below 1, three a weight,
     and for n:m and bitmap a byte.
@@ -69,12 +80,17 @@ class LoSparse(Method):
         start: int | None = None,
         end: int | None = None,
         granularity: str = "global",
+        init: str = "svd",
+        seed: int = 0,
     ) -> None:
         super().__init__(config)
         check_decay("LoSparse", "beta1", beta1)
         check_decay("LoSparse", "beta2", beta2, one=True)
         check_count("LoSparse", "window", window)
         check_granularity("LoSparse", granularity)
+        if init not in INITS:
+            raise ValueError(f"LoSparse: init is {init!r}, expected one of {', '.join(INITS)}")
+        self.init, self.seed = init, seed
         self.beta1, self.beta2 = beta1, beta2
         self.window, self.start, self.end = window, start, end
         self.granularity = granularity
@@ -85,6 +101,24 @@ class LoSparse(Method):
         if teacher is not None:
             raise ValueError("LoSparse: takes no teacher; distil afterwards, with FactorTuning")
         return LoSparseRun(model, self, total_steps)
+
+
+def random_factors(weight: Tensor, rank: int, *, seed: int, name: str) -> tuple[Tensor, Tensor]:
+    """``(u (out, rank), v (rank, in))`` of independent normal entries, in the weight's dtype, with ``E |u v|^2 =
+    RANDOM_ENERGY |W|^2`` (Frobenius): variance c / out in u and c / in in v, c^2 = RANDOM_ENERGY |W|^2 / rank.
+
+    A column of u is then as long as its row of v, as the SVD has them. Draws follow from ``seed`` and ``name``, the
+    layer's path, alone: on the CPU in float64, and rounded to the weight's dtype at the end.
+    """
+    out_features, in_features = weight.shape
+    # Not Python's hash, which differs from process to process; 32 bits are all that torch's CPU generator takes.
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    u = torch.randn(out_features, rank, generator=generator, dtype=torch.float64)
+    v = torch.randn(rank, in_features, generator=generator, dtype=torch.float64)
+    length = weight.detach().to("cpu", torch.float64).norm()
+    root = (RANDOM_ENERGY / rank) ** 0.25 * length.sqrt()
+    return (u * (root / out_features**0.5)).to(weight), (v * (root / in_features**0.5)).to(weight)
 
 
 class LoSparseRun(FactoredRun):
@@ -204,9 +238,15 @@ class LoSparseRun(FactoredRun):
         return isinstance(self._sparse(path), RowsConfig) and self.options.beta2 == 1
 
     def _split(self, path: str) -> dict[str, Tensor]:
-        weight = self.finite_weight(path)
-        u, v = low_rank.factorize(weight, one_shot.rank_of(self._config(path), *weight.shape), name=path)
-        return {"u": u, "v": v, "sparse": weight - low_rank.unpack(u, v)}
+        options, weight = self.options, self.finite_weight(path)
+        rank = one_shot.rank_of(self._config(path), *weight.shape)
+        if options.init == "svd":
+            u, v = low_rank.factorize(weight, rank, name=path)
+        else:
+            u, v = random_factors(weight, rank, seed=options.seed, name=path)
+        # A copy: whoever holds the old weight must not see S trained.
+        sparse = weight.clone() if options.init == "random" else weight - low_rank.unpack(u, v)
+        return {"u": u, "v": v, "sparse": sparse}
 
     def _begins_window(self, step: int) -> bool:
         """Whether optimizer step ``step``, from 1, is the first of a window: scores change only there."""
