@@ -324,6 +324,12 @@ def train(
     teacher: Annotated[
         str | None, typer.Option(metavar="PATH", help="A fine-tuned model, for methods that learn from one.")
     ] = None,
+    distillation: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="For a method that takes no teacher: this share of the loss is the distance from it."
+        ),
+    ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="How often to see the data; by default the recipe's, or 3.")
     ] = None,
@@ -336,6 +342,10 @@ def train(
     weight_decay: Annotated[float | None, typer.Option(help="Of matrices, not of biases and norms.")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Gradients are clipped to this norm; 0 does not.")] = None,
     max_length: Annotated[int | None, typer.Option(min=3, help="Cut texts at this many tokens.")] = None,
+    group_by_length: Annotated[
+        bool | None,
+        typer.Option("--group-by-length/--any-length", help="Batches of texts of similar length: less padding."),
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -414,6 +424,8 @@ def train(
                     "weight_decay": weight_decay,
                     "max_grad_norm": max_grad_norm,
                     "max_length": max_length,
+                    "distillation": distillation,
+                    "group_by_length": group_by_length,
                 },
                 teacher=teacher,
             )

@@ -13,7 +13,8 @@ what is other for one of several trainings, each of which begins with the model 
 
 A stage's own settings go before the file's, a task's before a stage's, and those of ``[[tasks.NAME.stages]]`` before
 all. ``options`` are the method's arguments; a number of steps may be written as a share of the training's, ``"10%"``,
-and ``input_moments`` as the number of training batches in which they are measured.
+and what a method wants to know of the training data (``input_moments`` of ADMM, ``rows`` of SVD, which makes it FWSVD)
+as the number of training batches in which it is measured.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 TASKS_FILE = "tasks.toml"
 SCHEDULES = ("linear", "constant")
-MOMENTS = "input_moments"
+# (method, option) -> what is measured: given as a number of batches.
+MEASURED = {("admm", "input_moments"): "input moments", ("svd", "rows"): "Fisher row weights"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,13 @@ class Task:
 @dataclass(frozen=True)
 class Stage:
     """One training. ``steps`` goes before ``epochs``. ``warmup`` counts optimizer steps, or is a share of them as
-    ``"10%"``; ``max_grad_norm`` 0 clips nothing; ``weight_decay`` leaves biases and norms out. ``teacher``: whether the
-    method is given one. ``target`` and ``layers`` are formats as the command line writes them."""
+    ``"10%"``; ``max_grad_norm`` 0 clips nothing; ``weight_decay`` leaves biases and norms out. ``group_by_length``:
+    batches of rows of similar length, which need less padding. ``target`` and ``layers`` are formats as the command
+    line writes them.
+
+    ``teacher``: whether the method is given one. ``distillation`` is for methods that take none: the loss is then
+    (1 - distillation) loss + distillation T² KL(teacher || student) of the logits, T ``temperature``.
+    """
 
     method: str
     target: str | None = None
@@ -72,6 +79,9 @@ class Stage:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     max_length: int = 128
+    distillation: float = 0.0
+    temperature: float = 2.0
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         positive = {
@@ -80,6 +90,7 @@ class Stage:
             "steps": 1 if self.steps is None else self.steps,
             "batch_size": self.batch_size,
             "accumulate": self.accumulate,
+            "temperature": self.temperature,
         }
         for name, value in positive.items():
             if not (math.isfinite(value) and value > 0):
@@ -88,6 +99,10 @@ class Stage:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}, expected 0 or more")
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation is {self.distillation}, expected 0 to 1")
+        if self.distillation and self.teacher:
+            raise ValueError(f"distillation is {self.distillation}, but {self.method} is given the teacher itself")
         if self.max_length < 3:
             raise ValueError(f"max_length is {self.max_length}, expected at least 3 (two special tokens and a word)")
         if self.schedule not in SCHEDULES:
@@ -124,10 +139,10 @@ class Stage:
         total_steps: int,
         selection: Selection,
         plan: CompressionPlan | None = None,
-        measure: Callable[[int], Mapping[str, Tensor]] | None = None,
+        measure: Callable[[str, int], Mapping[str, Tensor]] | None = None,
     ) -> Method:
-        """The method with its options; ``ValueError`` for a method or option that there is not. ``measure`` gives the
-        input moments of the selected layers in so many batches."""
+        """The method with its options; ``ValueError`` for a method or option that there is not. ``measure`` gives what
+        an option in ``MEASURED`` asks for, by its name, of the selected layers in so many batches."""
         cls = method_class(self.method)
         first, names = arguments(cls)
         if stray := sorted(self.options.keys() - names):
@@ -138,14 +153,16 @@ class Stage:
             name: _share(value, total_steps, name) if isinstance(value, str) and value.endswith("%") else value
             for name, value in self.options.items()
         }
-        if (count := options.get(MOMENTS)) is not None:
+        for name, count in options.items():
+            if (what := MEASURED.get((self.method, name))) is None:
+                continue
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"{self.method}: {MOMENTS} is {count!r}, expected in how many batches to measure them")
+                raise ValueError(f"{self.method}: {name} is {count!r}, expected in how many batches to measure them")
             if measure is None:
                 raise ValueError(
-                    f"{self.method}: {MOMENTS} are measured on the training's batches, of which none are here"
+                    f"{self.method}: {what} are measured on the training's batches, of which none are here"
                 )
-            options[MOMENTS] = measure(count)
+            options[name] = measure(name, count)
         make: Any = cls
         return make(plan if first == "plan" else selection, **options)
 
@@ -278,6 +295,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "weight_decay": (int, float),
     "max_grad_norm": (int, float),
     "max_length": (int,),
+    "distillation": (int, float),
+    "temperature": (int, float),
+    "group_by_length": (bool,),
 }
 
 

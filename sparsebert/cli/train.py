@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from sparsebert.cli.training import (
     Interrupted,
     Loop,
     Shelf,
-    epoch_order,
+    measure_on,
     predict,
     read_state,
     stop_between_steps,
@@ -110,7 +111,7 @@ def settle(
     if recipe is None:
         if method is None:
             raise ValueError("give --method, such as seven, or --recipe, such as seven:sst2")
-        stages: tuple[Stage, ...] = (Stage(method, teacher=teacher is not None),)
+        stages: tuple[Stage, ...] = (Stage(method, teacher=teacher is not None and not own.get("distillation")),)
     else:
         stages = recipe.stages
         if method is not None and (len(stages) > 1 or stages[0].method != method):
@@ -130,7 +131,7 @@ def settle(
     if "epochs" in own:
         own.setdefault("steps", None)
     made = tuple(replace(stage, **own, options={**stage.options, **options}) for stage in stages)
-    wants = [stage.method for stage in made if stage.teacher]
+    wants = [stage.method for stage in made if stage.teacher or stage.distillation]
     if wants and teacher is None:
         raise ValueError(f"{wants[0]}: needs a fine-tuned model to learn from; give --teacher")
     if teacher is not None and not wants:
@@ -298,13 +299,9 @@ class _Work:
             selection = stage.selection(tuple(family_of(self.model).roles))
             rows = self.train_rows[min(stage.max_length, max(self.train_rows))]
 
-            def measure(count: int) -> dict[str, Tensor]:
-                order, size = epoch_order(len(rows), self.settings.seed, index, 0), stage.batch_size
-                batches = [order[at : at + size] for at in range(0, len(order), size)][:count]
-                return sb.methods.input_moments(
-                    self.model, (rows.batch(indices, self.device) for indices in batches), selection
-                )
-
+            measure = partial(
+                measure_on, self.model, rows, selection, stage.batch_size, (self.settings.seed, index), self.device
+            )
             method = stage.build(total, selection, plan, measure)
             run = method.prepare(self.model, total_steps=total, teacher=self.teacher if stage.teacher else None)
             loop = Loop(
@@ -316,6 +313,7 @@ class _Work:
                 index=index,
                 device=self.device,
                 bf16=self.settings.bf16,
+                teacher=self.teacher,
             )
             step.outcome = f"{total:,} steps"
             if self.newest is not None and self.state and self.state["progress"]["stage"] == index:

@@ -10,6 +10,7 @@ from sparsebert.methods.knowledge import KnowledgePruning
 from sparsebert.methods.losparse import LoSparse
 from sparsebert.methods.lpaf import LPAF
 from sparsebert.methods.magnitude import Magnitude
+from sparsebert.methods.maths.distillation import kl_divergence
 from sparsebert.methods.maths.projections import Block, Dictionary
 from sparsebert.methods.movement import Movement
 from sparsebert.methods.permutation import permute_channels_
@@ -17,6 +18,7 @@ from sparsebert.methods.platon import Platon
 from sparsebert.methods.seven import SEVEN
 from sparsebert.methods.snip import Snip
 from sparsebert.methods.svd import SVD, fisher_row_weights
+from sparsebert.methods.teacher import Teacher
 
 # Name in recipes and on the command line -> class. One whose first argument is called ``plan`` goes on from the plan
 # that the stage before it ended in.
@@ -53,8 +55,10 @@ __all__ = [
     "Platon",
     "Run",
     "Snip",
+    "Teacher",
     "allocation",
     "fisher_row_weights",
     "input_moments",
+    "kl_divergence",
     "permute_channels_",
 ]
