@@ -1,0 +1,1 @@
+"""The accuracy study: arms, runs, claims; benchmarks/accuracy.py is its command."""
