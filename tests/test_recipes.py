@@ -122,6 +122,24 @@ def test_options_are_checked_against_the_method():
         recipes.Stage("magic", "2:4").build(100, {})
 
 
+def test_what_is_measured_on_the_data_is_asked_for_by_its_name():
+    stage = recipes.Stage("svd", "low-rank:0.5", options={"rows": 4})
+    asked = []
+    method = stage.build(100, stage.selection(ROLES), None, lambda name, count: asked.append((name, count)) or {})
+    assert asked == [("rows", 4)] and method.rows == {}
+    with pytest.raises(
+        ValueError, match="svd: Fisher row weights are measured on the training's batches, of which none"
+    ):
+        stage.build(100, stage.selection(ROLES))
+
+
+def test_a_method_is_given_the_teacher_or_distilled_beside_it():
+    with pytest.raises(ValueError, match="distillation is 0.5, but knowledge is given the teacher itself"):
+        recipes.Stage("knowledge", "bitmap:0.5", teacher=True, distillation=0.5)
+    with pytest.raises(ValueError, match="temperature is 0, expected a positive number"):
+        recipes.Stage("magnitude", "2:4", temperature=0)
+
+
 def test_the_selection_puts_layers_before_the_target():
     stage = recipes.Stage("magnitude", "2:4", layers={"query": "1:4", "output": "dense"})
     found = stage.selection(ROLES)

@@ -317,7 +317,27 @@ def test_every_row_is_seen_once_an_epoch_and_orders_differ():
     assert training.epoch_order(20, 0, 0, 1) == orders[1]
 
 
-def loop_of(classifier, data, **settings) -> training.Loop:
+def test_batches_by_length_hold_every_row_once_and_similar_lengths_together():
+    draw = random.Random(0)
+    lengths = [draw.randint(3, 40) for _ in range(205)]
+    order = training.epoch_order(205, 0, 0, 0)
+    found = training.by_length(order, lengths, 4, seed=1)
+    assert sorted(found) == list(range(205)) and found != order
+    batches = [found[i : i + 4] for i in range(0, 205, 4)]
+    assert [len(batch) for batch in batches] == [4] * 51 + [1]
+
+    def padding(rows: list[int]) -> int:
+        parts = [[lengths[row] for row in rows[i : i + 4]] for i in range(0, 205, 4)]
+        return sum(max(part) * len(part) - sum(part) for part in parts)
+
+    assert padding(found) < padding(order) / 5
+    # Not from short to long: the last of an epoch are as any.
+    firsts = [lengths[batch[0]] for batch in batches]
+    assert firsts != sorted(firsts)
+    assert training.by_length(order, lengths, 4, seed=1) == found != training.by_length(order, lengths, 4, seed=2)
+
+
+def loop_of(classifier, data, teacher=None, **settings) -> training.Loop:
     from sparsebert.cli import data as reading
     from sparsebert.cli.inputs import tokenize
 
@@ -332,9 +352,80 @@ def loop_of(classifier, data, **settings) -> training.Loop:
     examples = training.Examples(tokenizer, inputs, found.labels(found.train))
     stage = Stage("magnitude", "2:4", lr=1e-3, **settings)
     run_ = sb.methods.Magnitude(sb.NMConfig(2, 4)).prepare(model, total_steps=stage.total_steps(len(examples)))
-    loop = training.Loop(model, run_, stage, examples, seed=0, index=0, device=torch.device("cpu"))
+    loop = training.Loop(model, run_, stage, examples, seed=0, index=0, device=torch.device("cpu"), teacher=teacher)
     loop.start()
     return loop
+
+
+def teacher_of(classifier) -> BertForSequenceClassification:
+    """Another model of its architecture, in training mode: it has to be asked in the other one."""
+    torch.manual_seed(8)
+    return BertForSequenceClassification(BertForSequenceClassification.from_pretrained(classifier).config).train()
+
+
+def test_a_share_of_the_loss_is_the_distance_from_the_teacher(classifier, data):
+    teacher = teacher_of(classifier)
+    plain = loop_of(classifier, data, batch_size=8, steps=1, warmup=0)
+    taught = loop_of(classifier, data, teacher, batch_size=8, steps=1, warmup=0, distillation=0.25, temperature=3.0)
+    (rows,) = taught.micro_batches(0)
+    inputs = taught.examples.batch(rows, torch.device("cpu"))
+    with torch.no_grad():
+        ours = taught.model.train()(**inputs)
+        theirs = teacher.eval()(**inputs).logits
+        teacher.train()
+    # By hand, in float64.
+    p, q = ((x.double() / 3.0).log_softmax(-1) for x in (theirs, ours.logits))
+    divergence = float((p.exp() * (p - q)).sum(-1).mean()) * 9.0
+    plain.step()
+    taught.step()
+    assert divergence > 1e-3
+    assert float(taught.at.loss) == pytest.approx(0.75 * float(plain.at.loss) + 0.25 * divergence, rel=1e-5)
+    assert all(p.grad is None for p in teacher.parameters()) and teacher.training
+
+
+def test_distillation_needs_a_teacher_and_a_loss_to_share(classifier, data):
+    with pytest.raises(ValueError, match="magnitude: distillation is 0.5, but there is no teacher"):
+        loop_of(classifier, data, batch_size=8, steps=1, warmup=0, distillation=0.5)
+    loop, teacher = loop_of(classifier, data, batch_size=8, steps=4), teacher_of(classifier)
+    method = sb.methods.KnowledgePruning(sb.BitmapConfig(0.5), updates=2)
+    replaced = method.prepare(loop.model, total_steps=4, teacher=teacher)
+    stage = Stage("knowledge", "bitmap:0.5", distillation=0.5)
+    with pytest.raises(ValueError, match="knowledge: replaces the task's loss"):
+        training.Loop(
+            loop.model,
+            replaced,
+            stage,
+            loop.examples,
+            seed=0,
+            index=0,
+            device=torch.device("cpu"),
+            teacher=teacher,
+        )
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ["--method", "admm", "--target", "2:4", "--option", "rounds=3", "--distillation", 0.5, "--group-by-length"],
+        ["--method", "svd", "--target", "low-rank:0.5", "--option", "rows=2", "--group-by-length"],
+    ],
+    ids=["taught", "fwsvd"],
+)
+def test_taught_and_measured_trainings_resume_too(own, base, classifier, tmp_path, monkeypatch):
+    options = [*base, *own, *(["--teacher", classifier] if "--distillation" in own else [])]
+    whole = trained(*options, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, CUT, ctrl_c)
+        assert run(*options, "--out", tmp_path / "cut").exit_code == 130
+    resumed = trained("--resume", "--out", tmp_path / "cut")
+    assert same(tmp_path / "whole", tmp_path / "cut") and resumed["masked"] == whole["masked"]
+
+
+def test_weighted_factors_are_others_than_plain_ones(base, tmp_path):
+    options = [*base, "--method", "svd", "--target", "low-rank:0.5"]
+    for name, more in (("plain", []), ("weighted", ["--option", "rows=2"])):
+        trained(*options, *more, "--out", tmp_path / name)
+    assert not same(tmp_path / "plain", tmp_path / "weighted")
 
 
 def test_accumulated_batches_are_one_large_batch(classifier, data):
@@ -575,6 +666,9 @@ def test_usage_mistakes_end_with_code_2(arguments, complaint):
             "input_moments is 'some', expected in how many batches",
         ),
         ({"--teacher": "no-such"}, "no-such: there is no such folder"),
+        ({"--distillation": "0.5"}, "magnitude: needs a fine-tuned model to learn from; give --teacher"),
+        ({"--distillation": "1.5"}, "distillation is 1.5, expected 0 to 1"),
+        ({"--method": "svd", "--target": "low-rank:0.5", "--option": "rows=0"}, "rows is 0, expected in how many"),
         ({"--model": None}, "give --model"),
         ({"--model": "no-such-model/at-all"}, "there is no such folder, and the hub did not give it"),
         ({"--data": None}, "give --data, or a recipe with a task"),
