@@ -27,8 +27,11 @@ def targets(arms: Iterable[Arm]) -> list[str]:
     return [target for target in dict.fromkeys(found) if target != "dense"] + [f"int8+{t}" for t in groups] + ["int8"]
 
 
-def measure(path: str, targets: Sequence[str], device: torch.device) -> Iterator[dict[str, Any]]:
+def measure(
+    path: str, targets: Sequence[str], device: torch.device, *, budget_s: float = 3.0
+) -> Iterator[dict[str, Any]]:
     """A row for each format and input: the packed model's time over that of the dense one, which runs in turns with it.
+    ``budget_s``: seconds for a row.
 
     Weights are those of the pre-trained model, pruned in one shot: what a format takes does not depend on the values.
     Where one threshold for all layers gave them other densities, the time of a format that skips zeros may differ.
@@ -39,9 +42,10 @@ def measure(path: str, targets: Sequence[str], device: torch.device) -> Iterator
         packed = copy.deepcopy(dense)
         sb.compress_(packed, parse_config(target))
         for batch, length in INPUTS:
+            length = min(length, dense.config.max_position_embeddings)
             inputs = make_inputs(dense, batch, length, device)
             calls = {name: partial(forward, model, inputs) for name, model in (("dense", dense), ("packed", packed))}
-            found = measure_together(calls, device=device, budget_s=3.0)
+            found = measure_together(calls, device=device, budget_s=budget_s)
             yield {
                 "kind": "latency",
                 "format": target,
@@ -63,5 +67,5 @@ def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
 
 def make_inputs(model: Any, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, model.config.vocab_size, (batch, length), generator=generator).to(device)
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator).to(device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -285,7 +285,8 @@ class _Execution:
             if loop.at.step % every == 0 or loop.at.step == loop.total or now != done:
                 loop.check_loss()
                 entry = {"stage": index, "step": loop.at.step, "loss": loop.at.loss, **run.metrics()}
-                found = {path: mask.clone() for path, mask in run.state.get("mask", {}).items()}
+                # Factors without a sparse part have empty ones.
+                found = {path: mask.clone() for path, mask in run.state.get("mask", {}).items() if mask.numel()}
                 if masks and found:
                     entry["flipped"] = flipped(masks, found)
                 masks = found
