@@ -336,7 +336,7 @@ def test_the_background_run_outlives_its_command(data, encoder, tmp_path):
         if "fine-tuned" in log.read_text():
             break
         time.sleep(0.5)
-    assert "short/CoLA/fine-tuned/0/0/3e-05: matthews" in log.read_text()
+    assert "short/CoLA/fine-tuned/0/0/5e-05: matthews" in log.read_text()
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,7 @@ class _Execution:
             seed=self.job.seed,
             index=index,
             device=self.bench.device,
+            bf16=self.budget.bf16,
             teacher=teacher,
         )
         loop.start()
