@@ -162,7 +162,7 @@ def status(options: argparse.Namespace) -> int:
 
 def do_one(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     """Runs ``job`` here, after the fine-tuned model it needs where that is not there."""
-    make_repeatable(options.threads)
+    make_repeatable(options.threads, options.device)
     bench = bench_of(options)
     rate = None
     if needs_start(job):
