@@ -51,6 +51,14 @@ def tiny_budget():
     del BUDGETS["tiny"]
 
 
+@pytest.fixture(autouse=True)
+def as_before():
+    """A run makes torch deterministic, for good."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
