@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = "red green blue good bad fine poor cat dog bird sat ran flew on under the a mat tree house".split()
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 # 7 steps an epoch.
-TINY = Budget("tiny", 2, 6, (1e-3, 3e-3), batch_size=8, max_length=16)
+TINY = Budget("tiny", 2, 6, (1e-3, 3e-3), batch_size=8, max_length=16, words=False)
 
 
 def write_rows(file: Path, count: int, seed: int) -> None:

@@ -208,6 +208,7 @@ class _Execution:
             layers = model.get_submodule(f"{model.base_model_prefix}.encoder").layer
             del layers[1:]
             model.config.num_hidden_layers = 1
+        model.get_input_embeddings().requires_grad_(self.budget.words)
         return model
 
     def fine_tuned(self) -> Path:
