@@ -550,7 +550,8 @@ def test_selection_reads_what_is_shipped(tmp_path, monkeypatch):
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    (tmp_path / "README.md").write_text("# Title\n\nBefore\n<!-- performance -->\nold\n<!-- /performance -->\nAfter\n")
+    sections = "<!-- performance -->\nold\n<!-- /performance -->\nAfter\n<!-- accuracy -->\n<!-- /accuracy -->\n"
+    (tmp_path / "README.md").write_text(f"# Title\n\nBefore\n{sections}")
     (tmp_path / "sparsebert" / "ops").mkdir(parents=True)
     return tmp_path
 
@@ -569,7 +570,9 @@ def test_without_gpu_runs_no_number_is_shown(repository):
     (repository / study.DATA / "cpu-test-cpu-2-threads" / "2020-01-02-0123456-format-speed.jsonl").write_text("{}")
     study.write(repository)
     text = (repository / "README.md").read_text()
-    assert text == f"# Title\n\nBefore\n<!-- performance -->\n{study.NO_FIGURES}\n<!-- /performance -->\nAfter\n"
+    performance = f"<!-- performance -->\n{study.NO_FIGURES}\n<!-- /performance -->"
+    accuracy = "<!-- accuracy -->\nNo accuracy study was run yet, so no figures are shown.\n<!-- /accuracy -->"
+    assert text == f"# Title\n\nBefore\n{performance}\nAfter\n{accuracy}\n"
     assert not (repository / study.PAGES).exists()
     assert (repository / study.SHIPPED).read_text() == measurements.as_text([])
     assert study.check(repository) == []
@@ -581,7 +584,10 @@ def test_gpu_runs_make_the_section_its_plots_and_the_shipped_table(repository, c
     run_file(repository / "rows.jsonl", rows)
     assert study.main(["--keep", str(repository / "rows.jsonl")], repository) == 0
     text = (repository / "README.md").read_text()
-    assert text.startswith("# Title\n\nBefore\n<!-- performance -->\nMade from") and text.endswith("\nAfter\n")
+    assert text.startswith("# Title\n\nBefore\n<!-- performance -->\nMade from") and text.endswith(
+        "\n<!-- /accuracy -->\n"
+    )
+    assert "\n<!-- /performance -->\nAfter\n<!-- accuracy -->\n" in text
     assert "### Test GPU" in text and "| base.ffn_in 3072 x 768 | 128 to 128 | at 128 |" in text
     assert "Measured 2020-01-02 at commit 0123456" in text and "2.00x cuda" not in text and "old" not in text
     assert "1 layer of tuned plans checked" in text
@@ -623,4 +629,4 @@ def test_a_run_out_of_place_and_a_dry_run_are_refused(repository, capsys):
 
 def test_a_readme_without_the_marks_is_refused():
     with pytest.raises(ValueError, match="once each"):
-        study.with_section("no marks", "text")
+        study.with_section("no marks", "performance", "text")

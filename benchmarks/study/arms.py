@@ -28,10 +28,12 @@ DISTILLED = "+kd"
 
 @dataclass(frozen=True)
 class Budget:
-    """``start_epochs`` make the fine-tuned model, ``epochs`` come after it; ``rates`` is the grid of every arm. ``bf16``:
-    whether forward passes of the training compute in bfloat16 where that is safe; what is measured is float32.
-    ``words``: whether the word embeddings, half of MiniLM, are trained; no arm prunes them, and movement pruning's
-    published code freezes them as well."""
+    """``start_epochs`` make the fine-tuned model, ``epochs`` come after it; ``rates`` is the grid of every arm.
+
+    ``bf16``: whether forward passes of the training compute in bfloat16 where that is safe; what is measured is
+    float32. ``words``: whether the word embeddings, half of MiniLM, are trained; no arm prunes them, and movement
+    pruning's published code freezes them as well.
+    """
 
     name: str
     start_epochs: float
@@ -44,8 +46,8 @@ class Budget:
 
 
 BUDGETS = {
-    # For two CPU cores: a run on CoLA is one to two minutes where bfloat16 has instructions. Of other rates, 3e-5 leaves
-    # MiniLM near the majority class after two epochs of CoLA, and 3e-4 at it.
+    # For two CPU cores: a run on CoLA is one to two minutes where bfloat16 has instructions. Outside of this grid, 3e-5
+    # leaves MiniLM near the majority class after two epochs of CoLA, and 3e-4 at it.
     "short": Budget("short", 2, 1, (5e-5, 1e-4, 2e-4), words=False),
     "full": Budget("full", 3, 3, (2e-5, 5e-5, 1e-4)),
 }
