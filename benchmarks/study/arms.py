@@ -225,6 +225,15 @@ _ARMS = (
         baseline="svd",
     ),
     Arm(
+        "lpaf-magnitude",
+        "LPAF with gradual magnitude in place of movement, which collapses in few steps",
+        (
+            Part("gradual-magnitude", lambda sparsity: "bitmap:0.3", _DESCENT, share=0.5),
+            Part("lpaf", _low_rank, share=0.5),
+        ),
+        baseline="svd",
+    ),
+    Arm(
         "losparse",
         "LoSparse, from the fine-tuned model",
         (Part("losparse", _low_rank_rows, {"start": "5%", "end": "27%"}),),
@@ -254,6 +263,13 @@ _ARMS = (
         (Part("admm", _groups, {"admm": 1.0}),),
         tuned_as="admm",
         baseline="one-shot",
+    ),
+    Arm(
+        "admm-early",
+        "ADMM in a fifth of the steps, which leaves more of them to the frozen mask",
+        (Part("admm", _groups, {"admm": 0.2}),),
+        tuned_as="admm",
+        baseline="admm",
     ),
     Arm(
         "magnitude-bitmap",
@@ -286,6 +302,16 @@ _ARMS = (
         ),
         tuned_as="lpaf",
         baseline="lpaf",
+    ),
+    Arm(
+        "lpaf-magnitude-plain",
+        "the same with the plain SVD",
+        (
+            Part("gradual-magnitude", lambda sparsity: "bitmap:0.3", _DESCENT, share=0.5),
+            Part("lpaf", _low_rank, {"weighting": "none"}, share=0.5),
+        ),
+        tuned_as="lpaf-magnitude",
+        baseline="lpaf-magnitude",
     ),
     *(
         Arm(
