@@ -1,5 +1,5 @@
-// What the 32 lanes of a warp do together. It is done once, for all of them, when the last has arrived; the maps from
-// lanes to matrix elements are those of the PTX ISA, with g = lane / 4 and q = lane % 4.
+// What the 32 lanes of a warp, or the 128 of four warps, do together. It is done once, for all of them, when the last
+// has arrived; the maps from lanes to matrix elements are those of the PTX ISA, with g = lane / 4 and q = lane % 4.
 #pragma once
 
 #include <cstdint>
@@ -12,19 +12,23 @@
 namespace simt {
 
 struct Lanes;
+class Warpgroup;
 
 // Lanes meet at the same one, which is told by its address.
 struct Collective {
     const char* name;
     void (*run)(Lanes&);
+    int lanes = 32;
 };
 
 struct Lanes {
     Now& now;
     Report& report;
     Shared& shared;
+    Causality& causality;
+    Warpgroup* warpgroup;  // null in a collective of 32
     int first_thread;
-    const void* arguments[32];  // on the lanes' stacks
+    const void* arguments[128];  // on the lanes' stacks
 
     template <typename Arguments>
     const Arguments& of(int lane) const {
@@ -54,6 +58,36 @@ inline void run_load_matrices(Lanes& lanes) {
     }
 }
 inline constexpr Collective load_matrices{"load_matrices", run_load_matrices};
+
+struct Row {
+    const uint32_t* fragment;
+    void* row;
+};
+
+inline void run_store_matrices_transposed(Lanes& lanes) {
+    uint16_t rows[32][8];
+    for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane / 4, q = lane % 4;
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            const uint32_t word = lanes.of<Row>(lane).fragment[matrix];
+            rows[8 * matrix + 2 * q][g] = static_cast<uint16_t>(word);
+            rows[8 * matrix + 2 * q + 1][g] = static_cast<uint16_t>(word >> 16);
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        void* const row = lanes.of<Row>(lane).row;
+        lanes.act_as(lane);
+        if (lanes.shared.write("store_matrices_transposed", row, 16, 16)) std::memcpy(row, rows[lane], 16);
+    }
+}
+inline constexpr Collective store_matrices_transposed{"store_matrices_transposed", run_store_matrices_transposed};
+
+inline void run_sync_warp(Lanes& lanes) { lanes.causality.meet(lanes.now.first + lanes.first_thread, 32); }
+inline constexpr Collective sync_warp{"sync_warp", run_sync_warp};
+
+// There are as many registers as a thread asks for here.
+inline void run_set_registers(Lanes&) {}
+inline constexpr Collective set_registers{"setting registers", run_set_registers, 128};
 
 struct Product {
     void* d;

@@ -97,11 +97,11 @@ class Fiber {
 
 namespace simt {
 
-// The stacks of a block, each above a page that may not be touched. Mapped once for the process, used by one launch
+// The stacks of a cluster, each above a page that may not be touched. Mapped once for the process, used by one launch
 // at a time.
 class Stacks {
   public:
-    static constexpr int COUNT = 1024;
+    static constexpr int COUNT = 4096;
 
     static Stacks& get() {
         static Stacks stacks;

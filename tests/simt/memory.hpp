@@ -14,13 +14,15 @@
 #include <string>
 #include <vector>
 
+#include "causality.hpp"
 #include "report.hpp"
 
 namespace simt {
 
 class Shared {
   public:
-    Shared(const Now& now, Report& report) : now_(now), report_(report) {}
+    Shared(const Now& now, const Causality& causality, Report& report)
+        : now_(now), causality_(causality), report_(report) {}
 
     void resize(size_t size) {
         size_ = size;
@@ -29,32 +31,58 @@ class Shared {
         notes_.assign(size, Note());
     }
     // For the next block, which finds nothing that it could mistake for its own. (NaN, as floats.)
-    void poison() { std::memset(data_.get(), 0xff, size_); }
+    void begin_block() {
+        born_ = now_.block;
+        std::memset(data_.get(), 0xff, size_);
+        if (causality_.exact()) notes_.assign(size_, Note());
+        readers_.assign(1, Reader());
+        free_ = 0;
+    }
+    // Of what was read since the last barrier, the warps are known. Their lanes count as readers, all of them.
+    void become_exact() {
+        for (Note& note : notes_) {
+            const uint32_t warps = note.others;
+            note.others = 0;
+            if (note.read < now_.interval) continue;
+            for (int thread = 0; thread < 32 * 32; ++thread) {
+                if (warps >> thread / 32 & 1 && note.reader != note.other_reader) {
+                    note_read(note, static_cast<uint16_t>(thread), note.read);
+                }
+            }
+        }
+    }
 
     uint8_t* data() { return data_.get(); }
+    size_t offset(const void* pointer) const {
+        return reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(data_.get());
+    }
 
     bool read(const char* operation, const void* from, size_t bytes, size_t alignment) {
         if (!inside(operation, from, bytes, alignment)) return false;
         Note* const notes = &notes_[offset(from)];
+        if (causality_.exact()) return read_exactly(operation, notes, bytes), true;
         const auto thread = static_cast<uint16_t>(now_.thread);
+        const uint32_t warp = 1u << thread / 32;
         bool wrong = false;
         for (Note* note = notes; note != notes + bytes; ++note) {
-            wrong |= note->copying | (note->written < now_.block) |
+            wrong |= note->is_busy() | (note->written < born_) |
                      ((note->written == now_.interval) & (note->writer != thread));
             if (note->read != now_.interval) {
                 note->read = now_.interval;
                 note->reader = note->other_reader = thread;
+                note->others = warp;
             } else if (note->reader != thread) {
                 note->other_reader = thread;
+                note->others |= warp;
             }
         }
-        if (wrong) explain_read(operation, from, bytes);
+        if (wrong) explain_read(operation, notes, bytes);
         return true;
     }
 
     bool write(const char* operation, void* to, size_t bytes, size_t alignment) {
         if (!writable(operation, to, bytes, alignment)) return false;
-        note_written(to, bytes, false);
+        note_written(to, bytes, State::idle);
         return true;
     }
 
@@ -62,29 +90,80 @@ class Shared {
     // when it has been waited for, for those who read it. Between the two nobody may touch the bytes.
     bool begin_copy(const char* operation, void* to, size_t bytes) {
         if (!writable(operation, to, bytes, bytes)) return false;
-        note_written(to, bytes, true);
+        note_written(to, bytes, State::copying);
         return true;
     }
-    void end_copy(void* to, size_t bytes) { note_written(to, bytes, false); }
+    void end_copy(void* to, size_t bytes) { note_written(to, bytes, State::idle); }
+
+    // The same through the async proxy. The bytes are written by an agent, of whom those know that its barrier tells.
+    bool begin_bulk(const char* operation, void* to, size_t bytes, size_t alignment) {
+        if (!writable(operation, to, bytes, alignment)) return false;
+        check_proxy(operation, "writes", to, bytes);
+        note_written(to, bytes, State::arriving);
+        return true;
+    }
+    void end_bulk(void* to, size_t bytes, int agent) {
+        Note* const notes = &notes_[offset(to)];
+        for (Note* note = notes; note != notes + bytes; ++note) {
+            note->written = now_.clock;
+            note->writer = static_cast<uint16_t>(agent);
+            note->state = State::idle;
+        }
+    }
+
+    // What the async proxy reads between the two, nobody may write.
+    bool begin_reading(const char* operation, const void* from, size_t bytes, size_t alignment) {
+        if (!inside(operation, from, bytes, alignment)) return false;
+        Note* const notes = &notes_[offset(from)];
+        if (!std::all_of(notes, notes + bytes, [&](const Note& note) { return may_read(note); })) {
+            explain_read(operation, notes, bytes);
+        }
+        check_proxy(operation, "reads", from, bytes);
+        for (Note* note = notes; note != notes + bytes; ++note) ++note->readings;
+        return true;
+    }
+    void end_reading(const void* from, size_t bytes, int actor) {
+        Note* const notes = &notes_[offset(from)];
+        for (Note* note = notes; note != notes + bytes; ++note) {
+            --note->readings;
+            note_read(*note, static_cast<uint16_t>(actor), now_.clock);
+        }
+    }
+
+    // From now on the bytes belong to a barrier, and to nobody else.
+    bool reserve(const char* operation, void* at, size_t bytes) {
+        if (!writable(operation, at, bytes, bytes)) return false;
+        note_written(at, bytes, State::barrier);
+        return true;
+    }
 
   private:
-    // Two readers are enough to know whether there is one who is not the writer.
+    enum class State : uint8_t { idle, copying, arriving, barrier };
     struct Note {
         uint32_t written = 0;
         uint32_t read = 0;
+        // Two readers are enough to know whether there is one who is not the writer, as long as one barrier orders
+        // all of them; beside them stand the warps that read. Otherwise each reader counts: others is a place in
+        // readers_, and other_reader is not used.
+        uint32_t others = 0;
         uint16_t writer = 0;
         uint16_t reader = 0;
         uint16_t other_reader = 0;
-        bool copying = false;
+        State state = State::idle;
+        uint8_t readings = 0;  // under way, by the async proxy
+
+        bool is_busy() const { return state != State::idle; }
+    };
+    // Zero ends a list.
+    struct Reader {
+        uint32_t read = 0;
+        uint32_t next = 0;
+        uint16_t actor = 0;
     };
     struct Free {
         void operator()(uint8_t* data) const { std::free(data); }
     };
-    static constexpr size_t ALIGNMENT = 128;
-
-    size_t offset(const void* pointer) const {
-        return reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(data_.get());
-    }
+    static constexpr size_t ALIGNMENT = 1024;
 
     bool inside(const char* operation, const void* pointer, size_t bytes, size_t alignment) {
         const size_t at = offset(pointer);
@@ -102,65 +181,178 @@ class Shared {
     bool writable(const char* operation, void* to, size_t bytes, size_t alignment) {
         if (!inside(operation, to, bytes, alignment)) return false;
         const Note* const notes = &notes_[offset(to)];
+        if (causality_.exact()) return write_exactly(operation, notes, bytes), true;
         const auto thread = static_cast<uint16_t>(now_.thread);
         bool wrong = false;
         for (const Note* note = notes; note != notes + bytes; ++note) {
-            wrong |= note->copying | ((note->written == now_.interval) & (note->writer != thread)) |
+            wrong |= note->is_busy() | ((note->written == now_.interval) & (note->writer != thread)) |
                      ((note->read == now_.interval) & ((note->reader != thread) | (note->other_reader != thread)));
         }
-        if (wrong) explain_write(operation, to, bytes);
+        if (wrong) explain_write(operation, notes, bytes);
         return true;
     }
 
-    void note_written(void* to, size_t bytes, bool copying) {
+    void note_written(void* to, size_t bytes, State state) {
         Note* const notes = &notes_[offset(to)];
+        const uint32_t time = causality_.exact() ? now_.clock : now_.interval;
         for (Note* note = notes; note != notes + bytes; ++note) {
-            note->written = now_.interval;
-            note->writer = now_.thread;
-            note->copying = copying;
+            note->written = time;
+            note->writer = static_cast<uint16_t>(now_.self());
+            note->state = state;
         }
+        if (causality_.exact()) forget_readers(notes, bytes);
     }
 
-    void explain_read(const char* operation, const void* from, size_t bytes) {
-        for (size_t at = offset(from); at < offset(from) + bytes; ++at) {
-            const Note& note = notes_[at];
-            if (note.copying) return explain_copying(operation, at, note);
-            if (note.written < now_.block) {
-                return report_.add("uninitialized", operation, " reads shared ", at, ", which no thread has written");
-            }
-            if (note.written == now_.interval && note.writer != now_.thread) {
-                return report_.add("race", operation, " reads shared ", at, ", which thread ", note.writer, " wrote ",
-                                   now_.since());
-            }
+    void read_exactly(const char* operation, Note* notes, size_t bytes) {
+        bool wrong = false;
+        for (Note* note = notes; note != notes + bytes; ++note) {
+            wrong |= !may_read(*note);
+            note_read(*note, static_cast<uint16_t>(now_.self()), now_.clock);
         }
+        if (wrong) explain_read(operation, notes, bytes);
     }
 
-    void explain_write(const char* operation, const void* to, size_t bytes) {
-        for (size_t at = offset(to); at < offset(to) + bytes; ++at) {
-            const Note& note = notes_[at];
-            if (note.copying) return explain_copying(operation, at, note);
-            if (note.written == now_.interval && note.writer != now_.thread) {
-                return report_.add("race", operation, " writes shared ", at, ", which thread ", note.writer, " wrote ",
-                                   now_.since());
-            }
+    bool may_read(const Note& note) const {
+        return !note.is_busy() && note.written >= born_ && causality_.seen(note.writer, note.written);
+    }
+
+    void write_exactly(const char* operation, const Note* notes, size_t bytes) {
+        const auto fits = [&](const Note& note) {
+            return !note.is_busy() && !note.readings && !is_written_before(note) && unordered_reader(note) < 0;
+        };
+        if (!std::all_of(notes, notes + bytes, fits)) explain_write(operation, notes, bytes);
+    }
+
+    // Who read what would now be written, and is not known to have done so; or -1.
+    int unordered_reader(const Note& note) const {
+        if (!causality_.exact()) {
             const int reader = note.reader != now_.thread ? note.reader : note.other_reader;
-            if (note.read == now_.interval && reader != now_.thread) {
-                return report_.add("race", operation, " writes shared ", at, ", which thread ", reader, " read ",
-                                   now_.since());
+            return note.read == now_.interval && reader != now_.thread ? reader : -1;
+        }
+        if (note.read < born_) return -1;
+        if (!causality_.seen_reading(note.reader, note.read)) return note.reader;
+        for (uint32_t i = note.others; i; i = readers_[i].next) {
+            if (!causality_.seen_reading(readers_[i].actor, readers_[i].read)) return readers_[i].actor;
+        }
+        return -1;
+    }
+
+    // Readers that the present one knows of are told of by it.
+    void note_read(Note& note, uint16_t actor, uint32_t time) {
+        const bool own = actor == now_.self();
+        const bool known = own && !note.others && causality_.seen(note.reader, note.read);
+        if (note.reader == actor || note.read < born_ || known) {
+            note.reader = actor;
+            note.read = time;
+            return;
+        }
+        uint32_t place = 0;
+        for (uint32_t i = note.others; i; i = readers_[i].next) {
+            if (readers_[i].actor == actor) {
+                readers_[i].read = time;
+                return;
+            }
+            if (own && causality_.seen(readers_[i].actor, readers_[i].read)) place = i;
+        }
+        if (!place) {
+            place = new_reader();
+            readers_[place].next = note.others;
+            note.others = place;
+        }
+        readers_[place].actor = actor;
+        readers_[place].read = time;
+    }
+
+    uint32_t new_reader() {
+        if (const uint32_t reader = free_) {
+            free_ = readers_[reader].next;
+            return reader;
+        }
+        readers_.push_back(Reader());
+        return static_cast<uint32_t>(readers_.size() - 1);
+    }
+
+    // Whoever comes after the write comes after those whom the write came after.
+    void forget_readers(Note* notes, size_t bytes) {
+        for (Note* note = notes; note != notes + bytes; ++note) {
+            note->read = 0;
+            while (const uint32_t reader = note->others) {
+                note->others = readers_[reader].next;
+                readers_[reader].next = free_;
+                free_ = reader;
             }
         }
     }
 
-    void explain_copying(const char* operation, size_t at, const Note& note) {
-        report_.add("copy under way", operation, " touches shared ", at, ", to which thread ", note.writer,
+    // The async proxy sees what threads wrote once they have fenced it and told.
+    void check_proxy(const char* operation, const char* does, const void* pointer, size_t bytes) {
+        const Note* const notes = &notes_[offset(pointer)];
+        for (const Note* note = notes; note != notes + bytes; ++note) {
+            if (note->written < born_ || causality_.is_agent(note->writer)) continue;
+            if (causality_.fenced(note->writer, note->written)) continue;
+            return report_.add("proxy", operation, " ", does, " shared ", note - notes_.data(), ", which ",
+                               causality_.name(note->writer), " wrote without fence_async_proxy before it told of it");
+        }
+    }
+
+    void explain_read(const char* operation, const Note* notes, size_t bytes) {
+        for (const Note* note = notes; note != notes + bytes; ++note) {
+            if (note->is_busy()) return explain_busy(operation, *note);
+            if (note->written < born_) {
+                return report_.add("uninitialized", operation, " reads shared ", note - notes_.data(),
+                                   ", which no thread has written");
+            }
+            if (is_written_meanwhile(*note)) return explain_race(operation, "reads", *note, note->writer, "wrote");
+        }
+    }
+
+    void explain_write(const char* operation, const Note* notes, size_t bytes) {
+        for (const Note* note = notes; note != notes + bytes; ++note) {
+            if (note->is_busy()) return explain_busy(operation, *note);
+            if (note->readings) {
+                return report_.add("read under way", operation, " writes shared ", note - notes_.data(),
+                                   ", which a store or product that is not waited for still reads");
+            }
+            if (is_written_before(*note)) return explain_race(operation, "writes", *note, note->writer, "wrote");
+            const int reader = unordered_reader(*note);
+            if (reader >= 0) return explain_race(operation, "writes", *note, reader, "read");
+        }
+    }
+
+    bool is_written_meanwhile(const Note& note) const {
+        if (causality_.exact()) return note.written >= born_ && !causality_.seen(note.writer, note.written);
+        return note.written == now_.interval && note.writer != now_.thread;
+    }
+
+    // And would now be written again.
+    bool is_written_before(const Note& note) const {
+        if (!causality_.exact() || !causality_.is_agent(note.writer)) return is_written_meanwhile(note);
+        return note.written >= born_ && !causality_.seen_reading(note.writer, note.written);
+    }
+
+    void explain_race(const char* operation, const char* does, const Note& note, int other, const char* did) {
+        report_.add("race", operation, " ", does, " shared ", &note - notes_.data(), ", which ",
+                    causality_.name(other), " ", did, " ", causality_.exact() ? "at the same time" : now_.since());
+    }
+
+    void explain_busy(const char* operation, const Note& note) {
+        const ptrdiff_t at = &note - notes_.data();
+        if (note.state == State::barrier) {
+            return report_.add("barrier", operation, " touches shared ", at, ", which belongs to a barrier");
+        }
+        report_.add("copy under way", operation, " touches shared ", at, ", to which ", causality_.name(note.writer),
                     " copies and has not waited");
     }
 
     const Now& now_;
+    const Causality& causality_;
     Report& report_;
     std::unique_ptr<uint8_t, Free> data_;
     size_t size_ = 0;
+    uint32_t born_ = 0;  // the block
     std::vector<Note> notes_;
+    std::vector<Reader> readers_;
+    uint32_t free_ = 0;
 };
 
 // What a launch may do with a buffer.
@@ -180,7 +372,8 @@ class Global {
     // Whether a load goes past the caches that do not see what is written during the launch.
     enum Path { Cached, Coherent };
 
-    Global(const Now& now, Report& report) : now_(now), report_(report) {}
+    Global(const Now& now, const Causality& causality, Report& report)
+        : now_(now), causality_(causality), report_(report) {}
 
     void add(const std::string& name, const void* data, size_t size, Use use) {
         for (const Buffer& buffer : buffers_) {
@@ -206,7 +399,10 @@ class Global {
     }
 
     void begin_launch() { published_.clear(); }
-    void begin_block(int threads) { fences_.assign(threads, Fence()); }
+    void begin_cluster(int threads, int blocks) {
+        threads_ = threads;
+        fences_.assign(threads * blocks, Fence());
+    }
 
     bool read(const char* operation, const void* from, size_t bytes, size_t alignment, Path path) {
         Buffer* const buffer = find(operation, from, bytes, alignment);
@@ -241,7 +437,7 @@ class Global {
                 break;
             }
         }
-        note_written(*buffer, first, bytes, static_cast<uint16_t>(now_.thread));
+        note_written(*buffer, first, bytes, static_cast<uint16_t>(now_.self()));
         return true;
     }
 
@@ -261,19 +457,28 @@ class Global {
     }
 
     // The clock has just stepped for it.
-    void fence() { fences_[now_.thread] = {now_.clock, now_.interval}; }
+    void fence() {
+        fences_[now_.self()] = {now_.clock, now_.interval, {}};
+        if (causality_.exact()) fences_[now_.self()].seen = causality_.mine().seen;
+    }
 
-    // Publishes to those who see this update what was fenced before it, by this thread or before the last barrier; and
-    // with a fence goes what all threads wrote before the barrier that precedes it.
+    // Publishes to those who see this update what was fenced before it, by this thread or by one that it knows to have
+    // done so; and with a fence goes what its thread knew of: what all wrote before the last barrier, at least.
     void publish() {
         Published* published = nullptr;
-        for (size_t thread = 0; thread < fences_.size(); ++thread) {
-            const Fence& fence = fences_[thread];
-            const bool before = static_cast<int>(thread) == now_.thread || fence.interval < now_.interval;
+        for (int thread = 0; thread < threads_; ++thread) {
+            const Fence& fence = fences_[now_.first + thread];
+            const bool before = thread == now_.thread || fence.interval < now_.interval ||
+                                causality_.seen(now_.first + thread, fence.clock);
             if (!fence.clock || !before) continue;
             if (!published) published = &publications_of_this_block();
             published->of_thread[thread] = fence.clock;
             published->of_all = std::max(published->of_all, fence.interval);
+            for (int other = 0; other < threads_; ++other) {
+                if (static_cast<size_t>(now_.first + other) >= fence.seen.size()) break;
+                uint32_t& time = published->of_thread[other];
+                time = std::max(time, fence.seen[now_.first + other]);
+            }
         }
     }
 
@@ -308,6 +513,7 @@ class Global {
     struct Fence {
         uint32_t clock = 0;
         uint32_t interval = 0;
+        std::vector<uint32_t> seen;
     };
     // What a block has published: writes before these times.
     struct Published {
@@ -350,7 +556,10 @@ class Global {
 
     bool written_in_launch(const Note& note) const { return note.written > now_.launch; }
     bool written_at_the_same_time(const Note& note) const {
-        return note.written >= now_.interval && note.writer != now_.thread && note.writer != ATOMICALLY;
+        return note.written >= now_.interval && note.writer != ATOMICALLY && !is_known(note);
+    }
+    bool is_known(const Note& note) const {
+        return note.written > now_.cluster && note.writer != ATOMICALLY && causality_.seen(note.writer, note.written);
     }
 
     const char* fault_of_read(const Note& note, Path path) const {
@@ -358,7 +567,7 @@ class Global {
         if (!written_in_launch(note)) return nullptr;
         if (path == Cached) return "not coherent";
         if (written_at_the_same_time(note)) return "race";
-        if (note.writing_block != now_.block && !is_published(note)) return "not fenced";
+        if (note.writing_block != now_.block && !is_known(note) && !is_published(note)) return "not fenced";
         return nullptr;
     }
 
@@ -374,7 +583,7 @@ class Global {
     std::string written_by(const Note& note) const {
         if (!written_in_launch(note)) return "";
         if (note.writer == ATOMICALLY) return ", which was updated atomically";
-        return ", which thread " + std::to_string(note.writer) +
+        return ", which thread " + std::to_string(note.writer % threads_) +
                (note.writing_block == now_.block ? " of this block" : " of another block") + " wrote";
     }
 
@@ -382,15 +591,16 @@ class Global {
         if (note.writer == ATOMICALLY) return true;
         for (const Published& published : published_) {
             if (published.block != note.writing_block) continue;
-            return note.written < published.of_all || note.written < published.of_thread[note.writer];
+            return note.written < published.of_all || note.written < published.of_thread[note.writer % threads_];
         }
         return false;
     }
 
     Published& publications_of_this_block() {
-        if (published_.empty() || published_.back().block != now_.block) {
-            published_.push_back({now_.block, 0, std::vector<uint32_t>(fences_.size())});
+        for (auto published = published_.rbegin(); published != published_.rend(); ++published) {
+            if (published->block == now_.block) return *published;
         }
+        published_.push_back({now_.block, 0, std::vector<uint32_t>(threads_)});
         return published_.back();
     }
 
@@ -405,7 +615,9 @@ class Global {
     }
 
     const Now& now_;
+    const Causality& causality_;
     Report& report_;
+    int threads_ = 1;  // of a block
     std::vector<Buffer> buffers_;
     size_t last_ = 0;
     std::vector<Fence> fences_;

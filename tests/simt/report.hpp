@@ -15,15 +15,19 @@ struct Now {
     int block_x = 0;
     int block_y = 0;
     int barriers = 0;  // that this block has passed
+    int first = 0;     // the number of the block's first thread among those of its cluster
 
     // Numbers that grow over all launches, so that what is noted beside a byte never has to be cleared. The clock steps
-    // at each block, barrier, fence and atomic; block and launch are the clock at their beginning, interval is the
-    // clock at the last barrier, or at the block's beginning. Zero is before everything.
+    // at each block, barrier, fence and atomic, and wherever a thread tells others what it has done; block, cluster and
+    // launch are the clock at their beginning, interval is the clock at the last barrier of the whole block, or at the
+    // block's beginning. Zero is before everything.
     uint32_t clock = 0;
     uint32_t interval = 0;
     uint32_t block = 0;
+    uint32_t cluster = 0;
     uint32_t launch = 0;
 
+    int self() const { return first + thread; }
     std::string since() const { return barriers ? "since barrier " + std::to_string(barriers) : "since the start"; }
 };
 

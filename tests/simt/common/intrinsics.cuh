@@ -62,7 +62,7 @@ inline int thread_index() { return simt::Machine::running->now.thread; }
 inline int block_x() { return simt::Machine::running->now.block_x; }
 inline int block_y() { return simt::Machine::running->now.block_y; }
 
-inline uint8_t* shared_memory() { return simt::Machine::running->shared.data(); }
+inline uint8_t* shared_memory() { return simt::Machine::running->shared().data(); }
 inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - shared_memory());
 }
@@ -72,14 +72,14 @@ inline void sync_block() { simt::Machine::running->meet(simt::barrier); }
 template <typename T>
 T load_shared(const T* from) {
     T value{};
-    if (simt::Machine::running->shared.read("load_shared", from, sizeof(T), sizeof(T))) {
+    if (simt::Machine::running->shared().read("load_shared", from, sizeof(T), sizeof(T))) {
         std::memcpy(&value, from, sizeof(T));
     }
     return value;
 }
 template <typename T>
 void store_shared(T* to, T value) {
-    if (simt::Machine::running->shared.write("store_shared", to, sizeof(T), sizeof(T))) {
+    if (simt::Machine::running->shared().write("store_shared", to, sizeof(T), sizeof(T))) {
         std::memcpy(to, &value, sizeof(T));
     }
 }
