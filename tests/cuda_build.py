@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -185,3 +187,17 @@ def expect(kernel: str, arch: str, opcodes: Sequence[str], absent: Sequence[str]
     """Each kernel whose demangled name has the pattern ``kernel`` has all of ``opcodes`` and none of ``absent``. They
     may leave out what follows a dot: HMMA.SP.16832 is also HMMA.SP.16832.F32."""
     return Expectation(kernel, arch, tuple(opcodes), tuple(absent))
+
+
+def compile_for_hopper(source: Path, folder: Path) -> tuple[Path, str]:
+    """The object of ``source`` for sm_90a in ``folder``, and what nvcc and ptxas said, whose warnings are errors. Skips
+    the test where there is no nvcc."""
+    nvcc = setup.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    made = folder / f"{source.stem}.o"
+    flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Werror", "all-warnings", "-Xptxas", "-v", "-I", ROOT / "csrc"]
+    command = [nvcc, *flags, "-gencode=arch=compute_90a,code=sm_90a", "-c", source, "-o", made]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
+    return made, result.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +12,7 @@ import torch
 pytest.importorskip("setuptools")
 
 import simt_build
-from cuda_build import Kernel, expect, find_cuobjdump, read_log, sass, setup
+from cuda_build import Kernel, compile_for_hopper, expect, find_cuobjdump, read_log, sass
 from test_simt_harness import LEGAL, metadata_of_16_bits, metadata_of_int8, scattered, to_fragments_a
 
 FOLDER = Path(__file__).parent / "simt"
@@ -438,26 +437,7 @@ def test_a_mistake_of_a_multicast_is_reported(cases: ModuleType, name: str) -> N
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The object of the same kernels for sm_90a, and what nvcc and ptxas said."""
-    nvcc = setup.find_nvcc()
-    if nvcc is None:
-        pytest.skip("nvcc is not installed")
-    made = tmp_path_factory.mktemp("hopper") / "hopper_probe.o"
-    flags = [
-        "-std=c++17",
-        "-O3",
-        "-DNDEBUG",
-        "-Werror",
-        "all-warnings",
-        "-Xptxas",
-        "-v",
-        "-I",
-        simt_build.ROOT / "csrc",
-    ]
-    target = "-gencode=arch=compute_90a,code=sm_90a"
-    command = [nvcc, *flags, target, "-c", FOLDER / "hopper_probe.cu", "-o", made]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert result.returncode == 0, result.stdout
-    return made, result.stdout
+    return compile_for_hopper(FOLDER / "hopper_probe.cu", tmp_path_factory.mktemp("hopper"))
 
 
 def test_ptxas_has_nothing_to_advise(probe: tuple[Path, str]) -> None:

@@ -1,13 +1,7 @@
 // How a product of four warps is told where an operand lies in shared memory (wgmma's matrix descriptor).
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define SB_EVERYWHERE __host__ __device__
-#else
-#define SB_EVERYWHERE
-#endif
+#include <common/elements.h>
 
 namespace sparsebert {
 
@@ -18,17 +12,15 @@ enum class Swizzle : int { none = 0, bytes128 = 1, bytes64 = 2, bytes32 = 3 };
 // Of the operand of one product, whose rows run along k. address: shared memory's own, of the first byte that the
 // product takes of the first row; within a swizzled row, those of the next products follow. leading: bytes from a chunk
 // to the next one along k, without a swizzle; stride: bytes from 8 rows to the next 8. All are multiples of 16.
-SB_EVERYWHERE constexpr uint64_t describe_tile(uint32_t address, int leading, int stride, Swizzle swizzle) {
+SB_BOTH constexpr uint64_t describe_tile(uint32_t address, int leading, int stride, Swizzle swizzle) {
     constexpr uint64_t FIELD = 0x3fff;  // in units of 16 bytes
     return (address >> 4 & FIELD) | (static_cast<uint64_t>(leading) >> 4 & FIELD) << 16 |
            (static_cast<uint64_t>(stride) >> 4 & FIELD) << 32 | static_cast<uint64_t>(swizzle) << 62;
 }
 
 // The same operand, so many bytes further: along k, or in another stage.
-SB_EVERYWHERE constexpr uint64_t move_tile(uint64_t descriptor, int bytes) {
+SB_BOTH constexpr uint64_t move_tile(uint64_t descriptor, int bytes) {
     return descriptor + static_cast<uint64_t>(static_cast<int64_t>(bytes) / 16);
 }
 
 }  // namespace sparsebert
-
-#undef SB_EVERYWHERE

@@ -11,7 +11,7 @@
 #pragma once
 
 #include <common/activations.cuh>
-#include <common/intrinsics.cuh>
+#include <common/elements.cuh>
 #include <nm24/problem.h>
 
 namespace sparsebert::nm24 {
@@ -47,36 +47,6 @@ struct Arguments {
 // How x is read: rows that begin at multiples of 16 bytes in copies of 16, others, and columns of rows, piece by piece. A
 // kernel for each, for the second would take registers from the first.
 enum class Access { wide, narrow };
-
-// What differs between the types of x.
-template <Element ELEMENT>
-struct Types;
-template <>
-struct Types<Element::half> {
-    using X = Half;
-    using Sum = float;
-};
-template <>
-struct Types<Element::bfloat16> {
-    using X = BFloat16;
-    using Sum = float;
-};
-template <>
-struct Types<Element::int8> {
-    using X = int8_t;
-    using Sum = int32_t;
-};
-
-SB_DEVICE float load_number(const void* from, Number number, int64_t index) {
-    switch (number) {
-        case Number::half:
-            return to_float(load_global(static_cast<const Half*>(from) + index));
-        case Number::bfloat16:
-            return to_float(load_global(static_cast<const BFloat16*>(from) + index));
-        default:
-            return load_global(static_cast<const float*>(from) + index);
-    }
-}
 
 template <Element ELEMENT, int TILE, Access ACCESS>
 class Linear {

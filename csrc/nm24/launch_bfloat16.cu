@@ -1,3 +1,3 @@
 #include <nm24/launch.cuh>
 
-template void sparsebert::nm24::launch_as<sparsebert::nm24::Element::bfloat16>(const Call&);
+template void sparsebert::nm24::launch_as<sparsebert::Element::bfloat16>(const Call&);

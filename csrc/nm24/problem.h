@@ -1,24 +1,9 @@
 // What is asked of the 2:4 kernel, and what is chosen to do it: plain C++, shared by host and device code.
 #pragma once
 
-#include <cstdint>
-
-// A function that host and device code call.
-#ifdef __CUDACC__
-#define SB_BOTH __host__ __device__
-#else
-#define SB_BOTH
-#endif
+#include <common/elements.h>
 
 namespace sparsebert::nm24 {
-
-// Type of x and of the weight.
-enum class Element : int { half, bfloat16, int8 };
-// Type of y, or of another vector of floats.
-enum class Number : int { half, bfloat16, float32, int8 };
-
-SB_BOTH constexpr int size_of(Element element) { return element == Element::int8 ? 1 : 2; }
-SB_BOTH constexpr int size_of(Number number) { return number == Number::int8 ? 1 : number == Number::float32 ? 4 : 2; }
 
 // A block of the packed weight: this many features, and inputs that take this many bytes of a row of x.
 constexpr int BLOCK_FEATURES = 64;
@@ -27,7 +12,6 @@ constexpr int BLOCK_BYTES = 128;
 constexpr int RANK_STEP = 16;
 
 SB_BOTH constexpr int block_inputs(Element element) { return BLOCK_BYTES / size_of(element); }
-SB_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // One way to cut the product: a thread block computes `features() x tokens` of y by warps of 64 features each;
 // `warps_k` of them share each piece of y and every stage's inputs. It finishes y in parts of 128 features at most, whose

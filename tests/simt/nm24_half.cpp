@@ -1,3 +1,3 @@
 #include "nm24_simulate.hpp"
 
-template void sparsebert::nm24::simulate_as<sparsebert::nm24::Element::half>(const Call&);
+template void sparsebert::nm24::simulate_as<sparsebert::Element::half>(const Call&);

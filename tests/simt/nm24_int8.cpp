@@ -1,3 +1,3 @@
 #include "nm24_simulate.hpp"
 
-template void sparsebert::nm24::simulate_as<sparsebert::nm24::Element::int8>(const Call&);
+template void sparsebert::nm24::simulate_as<sparsebert::Element::int8>(const Call&);
