@@ -165,7 +165,8 @@ def _legend(figure: Figure, families: set[str]) -> None:
     hollow = Line2D(
         [], [], color="black", marker="o", markerfacecolor="white", linestyle="", label=f"{DISTILLED} (hollow)"
     )
-    figure.legend(handles=[*handles, hollow], loc="outside lower center", ncols=len(handles) + 1)
+    # Two lines: one is wider than a single panel.
+    figure.legend(handles=[*handles, hollow], loc="outside lower center", ncols=(len(handles) + 2) // 2)
 
 
 def _panels(count: int, title: str, *, columns: int = 2, width: float = 5.0) -> tuple[Figure, list[Any]]:
