@@ -205,6 +205,12 @@ _ARMS = (
     ),
     # Anywhere in the matrix.
     Arm("gradual", "gradual magnitude", (Part("gradual-magnitude", _bitmap, _DESCENT),), (50, 75, 95)),
+    Arm(
+        "gradual-global",
+        "gradual magnitude, one threshold for all matrices, as the scores below have it",
+        (Part("gradual-magnitude", _bitmap, {**_DESCENT, "granularity": "global"}),),
+        baseline="gradual",
+    ),
     Arm("seven", "SEVEN, dynamic", (Part("seven", _bitmap, _WINDOW),), (50, 75, 90), baseline="gradual"),
     Arm(
         "taylor",
