@@ -202,6 +202,22 @@ def test_every_arm_runs_and_keeps_to_its_format(bench, name):
         assert [e["step"] for e in row["trace"] if e["stage"] == 0][-1] == row["stages"][0]["steps"]
 
 
+def test_the_projection_is_measured_before_it_happened(bench, monkeypatch):
+    seen, before = [], run._Execution.score
+
+    def score(self, model, examples):
+        if examples is self.task.dev:
+            seen.append(run.density_of(model, run.CompressionPlan()) if self.measured["at_start"] is None else None)
+        return before(self, model, examples)
+
+    monkeypatch.setattr(run._Execution, "score", score)
+    monkeypatch.setattr(run._Execution, "int8", lambda self, model, stages: None)
+    monkeypatch.setattr(run._Execution, "reloaded", lambda self, model, plan: (model, True))
+    run.execute(job("admm-pull", 50), bench, 1e-3)
+    # Dense, and then at 2:4.
+    assert seen == [pytest.approx(1.0, abs=1e-3), 0.5]
+
+
 def test_what_claims_need_is_in_the_rows(bench):
     dense = run.execute(job("dense"), bench, 1e-3)
     assert dense["probes"]["shuffled"] is None and set(dense["probes"]["truncated"]) == {"0.5", "0.25"}

@@ -240,8 +240,6 @@ class _Execution:
                 self.measured["at_start"] = self.score(model, self.task.dev)[0][self.task.metric]
             if self.arm.trained:
                 self.loop(model, run, stage, index, teacher)
-            if self.arm.name == "admm-pull":
-                self.measured["before_projection"] = self.score(model, self.task.dev)[0][self.task.metric]
             plan = run.finalize()
         model.eval()
         return plan or CompressionPlan()
@@ -281,6 +279,9 @@ class _Execution:
         masks: dict[str, Tensor] = {}
         done = getattr(run, "round", None)
         while loop.at.step < loop.total:
+            if self.arm.name == "admm-pull" and loop.at.step == loop.total - 1:
+                # The last step ends in the projection.
+                self.measured["before_projection"] = self.score(model, self.task.dev)[0][self.task.metric]
             loop.step()
             # ADMM's rounds are told one by one.
             now = getattr(run, "round", None)
