@@ -70,7 +70,8 @@ class Arm:
     """``baseline`` is the arm that it is held against, ``tuned_as`` the one whose learning rate it takes.
 
     ``distilled``: the loss of a paper without a teacher, half of it replaced by the divergence from one. ``trained``:
-    False for pruning alone. ``probed``: its weights' ranks are measured at the end.
+    False for pruning alone. ``probed``: its weights' ranks are measured at the end. ``projected``: its last step ends
+    in a projection, and it is measured before that as well.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Arm:
     distilled: bool = False
     trained: bool = True
     probed: bool = False
+    projected: bool = False
 
     @property
     def taught(self) -> bool:
@@ -149,6 +151,14 @@ def _dense(sparsity: int) -> str:
 # The descent ends where 30 % of the steps are left, whatever the method.
 _DESCENT = {"start": "10%", "end": "30%"}
 _WINDOW = {"start": "10%", "length": "60%"}
+
+
+def _lpaf(prunes: str, **options: Any) -> tuple[Part, ...]:
+    """The 30 % of the weights that the method ``prunes`` leaves, then their factors; half of the steps each."""
+    return (
+        Part(prunes, lambda sparsity: _bitmap(70), _DESCENT, share=0.5),
+        Part("lpaf", _low_rank, options, share=0.5),
+    )
 
 
 def _knowledge(name: str, about: str, **more: Any) -> Arm:
@@ -227,16 +237,13 @@ _ARMS = (
     Arm(
         "lpaf",
         "movement pruning to 30 %, sparsity-aware SVD, mixed-rank training",
-        (Part("movement", lambda sparsity: "bitmap:0.3", _DESCENT, share=0.5), Part("lpaf", _low_rank, share=0.5)),
+        _lpaf("movement"),
         baseline="svd",
     ),
     Arm(
         "lpaf-magnitude",
         "LPAF with gradual magnitude in place of movement, which collapses in few steps",
-        (
-            Part("gradual-magnitude", lambda sparsity: "bitmap:0.3", _DESCENT, share=0.5),
-            Part("lpaf", _low_rank, share=0.5),
-        ),
+        _lpaf("gradual-magnitude"),
         baseline="svd",
     ),
     Arm(
@@ -269,6 +276,7 @@ _ARMS = (
         (Part("admm", _groups, {"admm": 1.0}),),
         tuned_as="admm",
         baseline="one-shot",
+        projected=True,
     ),
     Arm(
         "admm-early",
@@ -302,20 +310,14 @@ _ARMS = (
     Arm(
         "lpaf-plain",
         "LPAF with the plain SVD",
-        (
-            Part("movement", lambda sparsity: "bitmap:0.3", _DESCENT, share=0.5),
-            Part("lpaf", _low_rank, {"weighting": "none"}, share=0.5),
-        ),
+        _lpaf("movement", weighting="none"),
         tuned_as="lpaf",
         baseline="lpaf",
     ),
     Arm(
         "lpaf-magnitude-plain",
         "the same with the plain SVD",
-        (
-            Part("gradual-magnitude", lambda sparsity: "bitmap:0.3", _DESCENT, share=0.5),
-            Part("lpaf", _low_rank, {"weighting": "none"}, share=0.5),
-        ),
+        _lpaf("gradual-magnitude", weighting="none"),
         tuned_as="lpaf-magnitude",
         baseline="lpaf-magnitude",
     ),

@@ -279,8 +279,7 @@ class _Execution:
         masks: dict[str, Tensor] = {}
         done = getattr(run, "round", None)
         while loop.at.step < loop.total:
-            if self.arm.name == "admm-pull" and loop.at.step == loop.total - 1:
-                # The last step ends in the projection.
+            if self.arm.projected and loop.at.step == loop.total - 1:
                 self.measured["before_projection"] = self.score(model, self.task.dev)[0][self.task.metric]
             loop.step()
             # ADMM's rounds are told one by one.
