@@ -53,8 +53,8 @@ for folder in (str(ROOT), str(HERE)):
 PARENT = "parent"  # the group of steps that are programs of their own
 NO_DEVICE = 3  # exit statuses of a child process
 DEVICE_LOST = 70
-NOTHING_TO_RUN = 2  # that of tests/sanitize_cuda.py and _triton.py
-SANITIZED = {"cuda": "--list", "triton": "--dry"}  # and their option for a dry run
+NOTHING_TO_RUN = 2  # that of tests/sanitize_cuda.py, _wgmma.py and _triton.py
+SANITIZED = {"cuda": "--list", "wgmma": "--list", "triton": "--dry"}  # and their option for a dry run
 # What a tool of compute-sanitizer says at its end where it found nothing.
 CLEAN = {"memcheck": ("ERROR SUMMARY: 0 errors",), "racecheck": ("RACECHECK SUMMARY: 0 hazards",)}
 MOST_RESTARTS = 4

@@ -7,6 +7,10 @@
 #include <common/errors.h>
 #include <nm24/bind.h>
 #include <nm24/launch.h>
+#include <wgmma/bind.h>
+#include <wgmma/launch.h>
+#include <wgmma/layer_norm_bind.h>
+#include <wgmma/layer_norm_launch.h>
 
 // The text of a macro's value.
 #define TEXT_OF(...) #__VA_ARGS__
@@ -43,4 +47,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("device_count", &sparsebert::device_count,
                "How many CUDA devices there are; RuntimeError without a driver or without a device.");
     sparsebert::nm24::bind(module, &sparsebert::nm24::launch);
+    sparsebert::wgmma::bind(module, &sparsebert::wgmma::launch);
+    sparsebert::wgmma::bind_layer_norm(module, &sparsebert::wgmma::launch_layer_norm);
 }

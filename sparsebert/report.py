@@ -181,7 +181,7 @@ def explain(model: nn.Module, *, tokens: int = 128) -> Explanation:
         spec, device = module.spec, module.device
         problem = module.problem(tokens)
         kernel = "nothing on this device" if device.type == "meta" else _kernel(problem)
-        refused = [f"{c.backend}: {reason}" for c, reason in select.review(problem) if reason]
+        refused = [f"{c.backend}: {reason}" for c, reason in select.reasons(problem) if reason]
         for name in layouts.names(spec.op):
             if reason := layouts.get(spec.op, name).supports(spec, module.dtype, device):
                 refused.append(f"layout {name}: {reason}")

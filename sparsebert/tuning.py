@@ -3,6 +3,7 @@ loses."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -83,7 +84,8 @@ def tune(
     device, records the times in the table of measurements, and holds each layer in the layout that they favour.
 
     Of a layout the quickest kernel counts, in the quickest of the configurations that fit the device; both are recorded
-    and used from then on. Calls run in turns, so that a drift of the machine meets all alike; on a GPU inside CUDA
+    and used from then on. A kernel that waited for this is compared with the reference first, and left out with a
+    warning where it is wrong. Calls run in turns, so that a drift of the machine meets all alike; on a GPU inside CUDA
     graphs and on copies of the weight that together exceed its L2 cache, so that each comes from memory. What is timed
     is kernels, without the dispatch of an op. ``tokens`` are rows of x (batch times length); a measurement counts up to
     the next power of two. ``dense`` is held where every packed layout is slower at some count by more than max(2 %, 3
@@ -134,10 +136,11 @@ class _Measured(NamedTuple):
 
 def _compare(module: PackedLinear, tokens: int, budget_s: float) -> dict[str, _Measured]:
     """Of every layout this device can hold for ``module`` the quickest kernel in its quickest configuration, on random
-    rows."""
+    rows. One that waits for this has to have the reference's result first."""
     spec, dtype, device = module.spec, module.dtype, module.device
     neutral = list(module.neutral())
     x = torch.randn(tokens, spec.in_features, device=device).to(dtype)
+    expected = _reference(neutral, module.bias, select.problem_of(spec, layouts.NEUTRAL, x, module.activation), x)
     finalists: dict[tuple[str, str], Solution] = {}
     calls: dict[tuple[str, str], Calls] = {}
     for name in layouts.names(spec.op):
@@ -146,15 +149,19 @@ def _compare(module: PackedLinear, tokens: int, budget_s: float) -> dict[str, _M
             continue
         problem = select.problem_of(spec, name, x, module.activation)
         copies = _copies(held.from_neutral(neutral, spec, dtype), device)
+        only = select.forced_backend() or ("reference" if _calls_linear(module, name) else None)
         for candidate, refused in select.review(problem):
-            if refused is not None or (select.forced_backend() or candidate.backend) != candidate.backend:
+            if refused is not None or (only or candidate.backend) != candidate.backend:
                 continue
             found: dict[Solution, Sequence[Callable[[], Tensor]]] = {
                 solution._replace(source="measured"): [
                     partial(solution.run, x, weight, module.bias, problem) for weight in copies
                 ]
                 for solution in select.solutions(candidate, problem)
+                if candidate.waits is None or _agrees(solution, expected, x, copies[0], module.bias, problem)
             }
+            if not found:
+                continue
             best = next(iter(found)) if len(found) == 1 else _quickest(_measure(found, device, budget_s))
             finalists[name, candidate.backend] = best
             calls[name, candidate.backend] = found[best]
@@ -164,6 +171,36 @@ def _compare(module: PackedLinear, tokens: int, budget_s: float) -> dict[str, _M
         key = _quickest({key: timing for key, timing in timings.items() if key[0] == name})
         measured[name] = _Measured(finalists[key], timings[key])
     return measured
+
+
+# Of the result's norm. What is wrong is wrong by a tenth and more; int8 rounds a few numbers the other way.
+_AGREEMENT = 0.02
+
+
+def _reference(weight: list[Tensor], bias: Tensor | None, problem: select.Problem, x: Tensor) -> Tensor:
+    (candidate,) = (c for c in select.candidates(problem.op, problem.layout) if c.backend == "reference")
+    return candidate.run(x, weight, bias, problem)
+
+
+def _agrees(
+    solution: Solution, expected: Tensor, x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: select.Problem
+) -> bool:
+    """Whether a kernel computes what the reference does; else it is left out, with a warning."""
+    error = (solution.run(x, weight, bias, problem).float() - expected.float()).norm() / expected.float().norm()
+    if error <= _AGREEMENT:
+        return True
+    warnings.warn(
+        f"tune: {problem.op} in layout {problem.layout!r} by {solution.backend} ({solution.description}) is wrong on "
+        f"this device, by {error:.2g} of the result: it is not used; please report it",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return False
+
+
+def _calls_linear(module: PackedLinear, layout: str) -> bool:
+    """Whether the module calls torch's linear itself in this layout, past any other kernel that would serve it."""
+    return layout in module.plain_layouts and not (module.fuses_activations and module.activation != "none")
 
 
 def _copies(weight: list[Tensor], device: torch.device) -> list[list[Tensor]]:

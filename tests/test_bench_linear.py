@@ -16,6 +16,7 @@ from sparsebert.bench import jobs
 from sparsebert.bench.linear import ceilings, dense, library, never_slower, own, shapes, sweep
 from sparsebert.bench.linear.cases import Built, Case, Peer, relative_error
 from sparsebert.bench.linear.shapes import DRY_SHAPES, Shape
+from sparsebert.bench.report import summary
 from sparsebert.bench.timing import Timing
 
 CPU = torch.device("cpu")
@@ -216,6 +217,35 @@ def test_many_configurations_are_sifted_before_they_are_measured(monkeypatch: py
     assert row["resident_us"] > 0 and row["median_us"] == row["variants_us"][row["algorithm"]]
 
 
+def test_the_kernel_for_hopper_is_measured_wherever_it_may_run():
+    """From the layouts that are there, dense weights among the paths to beat; held dense, no format is run by it."""
+    for dtype, short in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+        found = {peer.name: peer for peer in own.peers(dtype, on_gpu=True) if "/cuda/" in peer.name}
+        assert {name for name in found if "/mma_sp/" not in name} == {
+            f"{place}/cuda/{short}"
+            for place in (
+                *("dense/neutral", "2:4/neutral", "2:4@0.5/neutral", "int8/neutral", "int8-static/neutral"),
+                *("int8+2:4/neutral", "int8+2:4/unpacked"),
+                *(f"low-rank:{rank}+2:4/{layout}" for rank in ("r32", "0.25") for layout in ("neutral", "padded")),
+            )
+        }
+        assert {name for name, peer in found.items() if peer.group == "dense"} == {f"dense/neutral/cuda/{short}"}
+    chained = {peer.name.rpartition("/")[0] for peer in own.CHAINED}
+    for name in ("int8+2:4_rows", "int8+2:4_to_int8", "tail32+2:4"):
+        assert {f"{name}/mma_sp/cuda", f"{name}/neutral/cuda"} <= chained
+    assert "int8_rows/neutral/cuda" in chained
+
+
+def test_the_summary_holds_kernels_against_peers_that_there_are():
+    names = {
+        peer.name
+        for dtype in (torch.float16, torch.bfloat16)
+        for peer in (*dense.peers(dtype), *own.peers(dtype, on_gpu=True))
+    } | {peer.name for peer in (*library.peers(), *own.CHAINED)}
+    for against in (summary.MMA_SP, summary.WGMMA):
+        assert {peer for _, *both in against.values() for peer in both} <= names
+
+
 def gpu_items(**options) -> list[tuple[str, int, str, str]]:
     """The order on a GPU, which need not be there to be asked."""
     peers = [
@@ -239,7 +269,8 @@ def test_the_order_starts_with_what_tells_most():
     # Then the package's own kernels where packed weights pay by their bytes, beside dense.
     after = [item for item in items[42:] if item[1] == 32][:200]
     assert items[42 : 42 + len(after)] == after
-    assert {"cublas_fp16", "2:4/mma_sp/cuda/fp16", "2:4/neutral/triton/fp16"} <= {peer for *_, peer in after}
+    early = {"cublas_fp16", "2:4/mma_sp/cuda/fp16", "2:4/neutral/cuda/fp16", "2:4/neutral/triton/fp16"}
+    assert early | {"dense/neutral/cuda/fp16"} <= {peer for *_, peer in after}
     # What takes seconds to compile waits for the targets' rows.
     compiled = [i for i, (*_, peer) in enumerate(items) if peer.startswith(("compiled", "torchao"))]
     assert compiled[0] > 1000
@@ -247,7 +278,13 @@ def test_the_order_starts_with_what_tells_most():
 
 def test_in_the_end_every_peer_met_every_shape_and_count():
     items = gpu_items()
-    for peer in ("cublas_fp16", "int_mm", "2:4/mma_sp/cuda/fp16", "bitmap:0.05/chunked/triton/fp16", "compiled_bf16"):
+    peers = (
+        "2:4/mma_sp/cuda/fp16",
+        "2:4/neutral/cuda/fp16",
+        "dense/neutral/cuda/fp16",
+        "bitmap:0.05/chunked/triton/fp16",
+    )
+    for peer in ("cublas_fp16", "int_mm", *peers, "compiled_bf16"):
         found = {(role, tokens) for role, tokens, _, name in items if name == peer}
         assert found == {(shape.role, count) for shape in shapes.of(*shapes.ENCODERS) for count in shapes.TOKENS}, peer
     assert {activation for role, _, activation, _ in items if role == "base.ffn_in"} == {"none", "gelu"}

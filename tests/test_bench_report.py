@@ -379,6 +379,7 @@ def test_the_summary_of_a_gpu_check():
         linear("cublas_fp16", 64, 5.0),
         linear("cusparselt_fp16", 64, 3.0, group="library"),
         own(64, 2.0),
+        own(64, 1.0, layout="neutral"),
         model("graph_fp16", 1234.0),
         checked("ok"),
     ]
@@ -391,6 +392,7 @@ def test_the_summary_of_a_gpu_check():
     # At 64 tokens the sweep is not listed; what the kernel is held against is: 3 us over 2.
     assert "| base.ffn_in 3072 x 768 | 64 |" not in text
     assert "| base.ffn_in | 64 | 1.50x | - | - | - |" in text
+    assert "| base.ffn_in | 64 | - | 3.00x | - | - | - | - | - |" in text
     assert "| bert-base | 8 x 128, full | graph_fp16 | 1.23 |" in text
     assert "| cutlass_fp16 | refused | 1 | not on this GPU |" in text
     assert "1 layer of tuned plans checked: none" in text

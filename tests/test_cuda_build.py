@@ -44,6 +44,39 @@ EXPECTED = [
     for tile, load in (("[0-3]", "LDG.E.NA.128.CONSTANT"), ("[456]", "LDG.E.128.CONSTANT"))
     for access, copy in ((0, "LDGSTS.E.BYPASS.128"), (1, "LDGSTS.E"))
 ]
+# On Hopper alone. By type of x and pattern: the products of four warps, by the tokens of a tile.
+WGMMA_PRODUCTS = [
+    (0, 0, ["HGMMA.64x{}x16.F32"]),
+    (0, 1, ["HGMMA.SP.64x{}x32.F32", "HGMMA.64x{}x16.F32"]),
+    (1, 0, ["HGMMA.64x{}x16.F32.BF16"]),
+    (1, 1, ["HGMMA.SP.64x{}x32.F32.BF16", "HGMMA.64x{}x16.F32.BF16"]),
+    (2, 0, ["IGMMA.64x{}x32.S8.S8"]),
+    (2, 1, ["IGMMA.SP.64x{}x64.S8.S8"]),
+]
+# Copies of tiles, also to several blocks, y transposed on its way, and registers that change hands.
+WGMMA_MOVES = ["UTMALDG.2D.MULTICAST", "UTMASTG.2D", "STSM.16.MT88.4", "USETMAXREG.TRY_ALLOC.CTAPOOL"]
+WGMMA = "wgmma_linear_kernel<.*Element.{}, .*Pattern.{}, {}>"
+EXPECTED += [
+    expect(
+        WGMMA.format(element, pattern, tile),
+        "90a",
+        [*(product.format(tokens) for product in products), *WGMMA_MOVES],
+        absent=["LDL", "STL"],
+    )
+    for element, pattern, products in WGMMA_PRODUCTS
+    for tile, tokens in enumerate((64, 128, 128, 256, 128))
+]
+# Lanes that exchange sums, and blocks that send them to each other.
+WGMMA_NORM = ["LDSM.16.MT88.4", "SHFL.BFLY", "ST.E.128"]
+EXPECTED += [
+    expect(
+        f"wgmma_layer_norm_kernel<.*Element.{element}, .*Pattern.{pattern}>",
+        "90a",
+        [*(product.format(64) for product in products), *WGMMA_MOVES, *WGMMA_NORM],
+        absent=["LDL", "STL"],
+    )
+    for element, pattern, products in WGMMA_PRODUCTS
+]
 
 needs_nvcc = pytest.mark.skipif(setup.find_nvcc() is None, reason="nvcc is not installed")
 needs_cuobjdump = pytest.mark.skipif(find_cuobjdump() is None, reason="cuobjdump is not installed")
@@ -279,6 +312,12 @@ def built(tmp_path_factory) -> Build:
 @on_the_build
 def test_no_kernel_spills_or_has_a_stack_frame(built):
     assert [fault for kernel in built.kernels() for fault in kernel.faults()] == []
+
+
+@on_the_build
+def test_ptxas_lets_products_run_beside_each_other(built):
+    """Where it cannot see that sums are left alone, it makes each product of four warps wait for the one before."""
+    assert {source: said for source, log in built.logs().items() if (said := re.findall(r"\(C75\d\d\).*", log))} == {}
 
 
 @on_the_build

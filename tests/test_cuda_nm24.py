@@ -20,7 +20,8 @@ from sparsebert.formats import int8, mma_sp, nm
 from sparsebert.nn import PackedLinear
 from sparsebert.ops import layouts, select
 from sparsebert.ops.activations import ACTIVATIONS
-from sparsebert.ops.cuda import extension, nm24
+from sparsebert.ops.cuda import calls, extension, nm24
+from sparsebert.ops.cuda.calls import Place
 from sparsebert.ops.cuda.mma_sp import MMA_SP
 from sparsebert.ops.cuda.nm24 import Config
 from sparsebert.ops.devices import Device
@@ -47,7 +48,7 @@ def on_the_cpu(machine, monkeypatch):
     """What launches on a GPU runs here instead, and every buffer begins as NaN."""
     monkeypatch.setattr(extension, "load", lambda: machine)
     monkeypatch.setattr(extension, "missing", lambda: None)
-    monkeypatch.setattr(nm24, "_place_of", lambda x: nm24._Place(0, 0, False))
+    monkeypatch.setattr(calls, "place_of", lambda x: Place(0, 0, False))
     extension._not_compiled_for.cache_clear()
     nm24.configurations.cache_clear()
     yield
@@ -283,7 +284,7 @@ def test_a_split_product_is_the_same_in_every_order_of_blocks(machine, dtype):
 
 def test_counters_are_shared_by_a_stream_and_owned_by_each_captured_call():
     counters = nm24._Counters(torch.device("cpu"))
-    first, second = nm24._Place(0, 1, False), nm24._Place(0, 2, False)
+    first, second = Place(0, 1, False), Place(0, 2, False)
     captured = first._replace(capturing=True)
 
     def begins(place, count):
@@ -301,7 +302,7 @@ def test_counters_are_shared_by_a_stream_and_owned_by_each_captured_call():
 
 def test_a_capture_before_anything_was_packed_makes_no_counters_for_others(machine, monkeypatch):
     monkeypatch.setattr(nm24, "_counters", {})
-    monkeypatch.setattr(nm24, "_place_of", lambda x: nm24._Place(0, 0, True))
+    monkeypatch.setattr(calls, "place_of", lambda x: Place(0, 0, True))
     dense, (values, metadata) = weight_of(64, 512, torch.float16)
     x = x_of(9, 512, torch.float16)
     y = nm24.linear(x, values, metadata, None, in_features=512, out_features=64, config=config(machine, 0, 2))

@@ -285,8 +285,9 @@ def test_sanitizer_outcomes(context: gpu_check.Context, monkeypatch, tool, statu
     context.until = gpu_check.time.time() + 60
     found = gpu_check.every_kernel_step(context, tool)
     assert found.status == outcome and reason in found.reason and "triton: 0 " in found.reason
-    assert [command[1:3] for command in commands] == [["--tool", tool]] * 2
-    assert [Path(command[-1]).name for command in commands] == ["sanitize_cuda.py", "sanitize_triton.py"]
+    assert [command[1:3] for command in commands] == [["--tool", tool]] * 3
+    programs = ["sanitize_cuda.py", "sanitize_wgmma.py", "sanitize_triton.py"]
+    assert [Path(command[-1]).name for command in commands] == programs
 
 
 def test_no_sanitizer_is_a_note(context: gpu_check.Context, monkeypatch: pytest.MonkeyPatch):

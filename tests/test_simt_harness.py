@@ -267,6 +267,16 @@ def test_matrices_are_loaded_as_the_fragments_of_a(cases: ModuleType) -> None:
     assert torch.equal(d, to_fragments_a(a))
 
 
+def test_lanes_exchange_words(cases: ModuleType) -> None:
+    words, unused = torch.randint(-(2**31), 2**31, (32, 4), dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    for bits in range(32):
+        d = torch.zeros_like(words)
+        cases.product("shuffled", words.data_ptr(), words.data_ptr(), unused.data_ptr(), d.data_ptr(), bits)
+        assert torch.equal(d, words[LANE ^ bits])
+    with pytest.raises(RuntimeError, match="thread 0: shuffle_xor by 32, expected 0 to 31"):
+        cases.product("shuffled", words.data_ptr(), words.data_ptr(), unused.data_ptr(), d.data_ptr(), 32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_floats_are_rounded_as_torch_does(cases: ModuleType, dtype: torch.dtype) -> None:
     every = torch.arange(2**16).to(torch.int16).view(dtype).float()

@@ -65,7 +65,8 @@ def test_what_is_refused_and_why(changed, reason):
 )
 def test_a_dense_product_is_torchs_unless_an_activation_follows_it(changed, reason):
     problem = BASE._replace(spec=DenseSpec(768, 3072), **changed)
-    assert dict((c.backend, r) for c, r in select.review(problem)) == {"triton": reason, "reference": None}
+    found = dict((c.backend, r) for c, r in select.review(problem) if c.backend != "cuda")
+    assert found == {"triton": reason, "reference": None}
     assert select.choose(problem).backend == ("triton" if reason is None else "reference")
 
 

@@ -16,6 +16,14 @@
 
 namespace sparsebert {
 
+// Whether this is being compiled for Hopper. For other architectures its kernels only stop, with an error: setup.py compiles
+// each source for all of them.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool ON_HOPPER = true;
+#else
+constexpr bool ON_HOPPER = false;
+#endif
+
 // A matrix in global memory and the box of it that a copy moves; a kernel's parameter, const and SB_PARAMETERS.
 using TensorMap = CUtensorMap;
 
@@ -221,6 +229,8 @@ SB_DEVICE void load_tile_to_blocks(void* shared, const TensorMap& map, int inner
 }
 
 // Registers, launches
+
+SB_DEVICE void stop_kernel() { asm volatile("trap;"); }
 
 // All warps of a warpgroup from now on have COUNT registers a thread, which others have given.
 template <int COUNT>

@@ -186,6 +186,20 @@ SB_DEVICE void load_matrices(uint32_t (&fragment)[4], const void* row) {
                  : "memory");
 }
 
+// The same, each matrix transposed: of each, elements g of rows 2q and 2q + 1.
+SB_DEVICE void load_matrices_transposed(uint32_t (&fragment)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// What the lane has whose number differs in these bits; all lanes of the warp are there.
+template <typename T>
+SB_DEVICE T shuffle_xor(T value, int bits) {
+    return __shfl_xor_sync(0xffffffff, value, bits);
+}
+
 // The products. D (16 x 8) += A B, A being 2:4 along k, its kept values in the fragment of a dense A of half the
 // columns. Lane's d: rows g, g, g + 8, g + 8, columns 2q, 2q + 1, 2q, 2q + 1.
 

@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
             problem = select.Problem(name, devices.describe(device), dtype, spec, EXAMPLE_TOKENS, activation="none")
             kernels = [
                 {"backend": kernel.backend, "description": kernel.description, "refused": reason or refused}
-                for kernel, refused in select.review(problem)
+                for kernel, refused in select.reasons(problem)
             ]
             served.append({"op": spec.op, "weight": spec.label, "layout": name, "refused": reason, "kernels": kernels})
     backends: dict[str, dict[str, Any]] = {}

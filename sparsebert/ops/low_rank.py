@@ -20,6 +20,13 @@ from sparsebert.ops.select import Candidate, Problem
 from sparsebert.ops.specs import LowRankSparseSpec, LowRankSpec
 
 OP = "low_rank_linear"
+# The layout of factors whose rank is a multiple of 16, zeros at its end: what GPUs take in a product, in aligned rows.
+PADDED = "padded"
+RANK_MULTIPLE = 16
+
+
+def padded_rank(rank: int) -> int:
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
 def low_rank_linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, *, layout: str, **sizes: Any) -> Tensor:

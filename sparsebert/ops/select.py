@@ -1,9 +1,9 @@
 """Which kernel runs a held layout: an ordered table of candidates an op, each able to say why it refuses.
 
 The candidate that ``sb.tune`` found fastest on this device runs, in the configuration that it was measured in; without
-a measurement the first that serves, in the configuration it estimates. ``with sb.backend("triton"):`` or
-``SPARSEBERT_BACKEND=triton`` forces one; where it cannot serve, that is an error and never a silent fallback. The
-variable is read when sparsebert is imported. Nothing is ever measured during a call.
+a measurement the first that serves and does not wait for one, in the configuration it estimates. ``with
+sb.backend("triton"):`` or ``SPARSEBERT_BACKEND=triton`` forces one; where it cannot serve, that is an error and never a
+silent fallback. The variable is read when sparsebert is imported. Nothing is ever measured during a call.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Candidate:
 
     A kernel that can be configured has ``configurations(problem)``: named tuples that all run on the problem's device,
     the estimated best first; ``run`` then takes one as ``configuration``. One that ``gathers`` takes ``columns`` of x
-    as it reads it.
+    as it reads it. ``waits`` gives None or why a problem that it serves is left to others until it has been measured;
+    ``sb.tune`` measures it, and a forced backend runs it.
     """
 
     op: str
@@ -75,6 +76,11 @@ class Candidate:
     run: Callable[..., Any]
     configurations: Callable[[Problem], Sequence[Any]] | None = None
     gathers: bool = False
+    waits: Callable[[Problem], str | None] | None = None
+
+    def waiting(self, problem: Problem) -> str | None:
+        """None, or why ``problem``, which it serves, is not its own unmeasured."""
+        return None if self.waits is None else self.waits(problem)
 
 
 class Solution(NamedTuple):
@@ -196,7 +202,9 @@ def _choose(problem: Problem, op: str, forced: str | None, generation: int) -> S
             refusals.append(f"{candidate.backend}: {reason}")
     if served:
         measured = [candidate for candidate in served if row is not None and candidate.backend == row.backend]
-        return solutions((measured or served)[0], problem, row)[0]
+        # Where all that serve wait, one is forced.
+        found = measured or [candidate for candidate in served if candidate.waiting(problem) is None] or served
+        return solutions(found[0], problem, row)[0]
     if forced is not None and not refusals:
         refusals = [f"{forced}: has no kernel for this layout"]
     raise RuntimeError(
@@ -224,3 +232,10 @@ def solutions(candidate: Candidate, problem: Problem, row: measurements.Row | No
 def review(problem: Problem) -> list[tuple[Candidate, str | None]]:
     """Every candidate of the problem's layout with None or the reason it refuses, best first."""
     return [(c, c.supports(problem)) for c in candidates(problem.op, problem.layout)]
+
+
+def reasons(problem: Problem) -> list[tuple[Candidate, str | None]]:
+    """As ``review``, for a user to read: also why a candidate waits, where nothing was measured and none is forced."""
+    row = measurements.of(problem.spec, problem.layout, problem.dtype, problem.device, problem.tokens)
+    settled = row is not None or forced_backend() is not None
+    return [(c, reason if reason or settled else c.waiting(problem)) for c, reason in review(problem)]

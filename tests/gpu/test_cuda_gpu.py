@@ -1,5 +1,6 @@
-"""The CUDA 2:4 kernel on a GPU: numbers against float64, exact int8 sums, every configuration that may be chosen,
-splits on several streams and in graphs, modules. Needs a CUDA device and ``sparsebert._C``."""
+"""The CUDA kernels on a GPU: numbers against float64, exact int8 sums, every configuration that may be chosen,
+splits on several streams and in graphs, modules. Needs a CUDA device and ``sparsebert._C``; what is of the wgmma kernel
+needs compute capability 9.0."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import sanitize_wgmma
 import sparsebert as sb
 from closeness import check
 from sparsebert.formats import int8, mma_sp, nm
@@ -19,7 +21,7 @@ from sparsebert.ops.activations import ACTIVATIONS
 from sparsebert.ops.cuda import extension, nm24
 from sparsebert.ops.cuda.mma_sp import MMA_SP
 from sparsebert.ops.devices import describe
-from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec, NMSpec
+from sparsebert.ops.specs import DenseSpec, Int8Spec, LowRankSparseSpec, NMSpec
 
 DEVICE = torch.device("cuda")
 
@@ -71,10 +73,10 @@ def sums_of(q, values):
     return q.double() @ values.double().t()
 
 
-def solve(spec, x, activation="none"):
+def solve(spec, x, activation="none", layout=MMA_SP):
     """The candidate, the problem, and every configuration that may be chosen for it."""
-    problem = select.problem_of(spec, MMA_SP, x, activation)
-    (candidate,) = (found for found in select.candidates(spec.op, MMA_SP) if found.backend == "cuda")
+    problem = select.problem_of(spec, layout, x, activation)
+    (candidate,) = (found for found in select.candidates(spec.op, layout) if found.backend == "cuda")
     assert candidate.supports(problem) is None
     return candidate, problem, candidate.configurations(problem)
 
@@ -449,12 +451,12 @@ FORMATS = {
 }
 
 
-def packed_net(config, dtype=torch.float16):
-    """Two layers of BERT-base's sizes, held in ``mma_sp``."""
+def packed_net(config, dtype=torch.float16, layout=MMA_SP):
+    """Two layers of BERT-base's sizes, held in ``layout``."""
     net = nn.Sequential(nn.Linear(768, 3072), nn.Linear(3072, 768)).to(DEVICE, dtype).requires_grad_(False)
     sb.compress_(net, {"*": config})
     for module in net:
-        module.prepare_(MMA_SP)
+        module.prepare_(layout)
     return net
 
 
@@ -566,6 +568,267 @@ def test_a_call_that_does_not_fit_is_refused_before_it_is_launched():
         with pytest.raises(ValueError, match=f"^nm24_linear: {text}"):
             linear(**call | changes)
     with pytest.raises(RuntimeError, match="nm24_linear"):
+        linear(**call | {"device": 10_000})
+    linear(**call)
+    torch.cuda.synchronize()
+
+
+# On Hopper: the wgmma kernel, from the layouts that are there
+
+
+def no_wgmma() -> str | None:
+    """None, or why the wgmma kernel cannot run here."""
+    return unable() or sanitize_wgmma.refusal(DEVICE)
+
+
+on_hopper = pytest.mark.skipif(no_wgmma() is not None, reason=f"wgmma: {no_wgmma()}")
+# As SIZES, with the inputs that whole rows need.
+WGMMA_SIZES = [*SIZES[:3], (100, 96), (72, 768)]
+# Pattern and layout, of floats and of int8.
+HELD = [((2, 4), "neutral"), ((2, 4), "dense"), ((1, 4), "dense")]
+INT8_HELD = [((2, 4), "neutral"), ((2, 4), "unpacked"), ((1, 4), "unpacked"), ((1, 1), "neutral")]
+
+
+def held(size, dtype, pattern, layout):
+    """A dense weight at n:m, its tensors in ``layout``, and its spec."""
+    dense = nm.project(torch.randn(size), *pattern)
+    dense = (dense * (torch.rand(dense.shape) > 0.1)).to(DEVICE, dtype)
+    spec = NMSpec(*pattern, size[1], size[0])
+    return dense, layouts.get(spec.op, layout).from_neutral(list(nm.pack(dense, *pattern)), spec, dtype), spec
+
+
+def int8_held(size, pattern, layout, activations="dynamic"):
+    """An int8 weight, its scales, its tensors in ``layout``, and its spec."""
+    dense = torch.randn(size) * size[1] ** -0.5
+    values, scales = int8.quantize_weight(nm.project(dense, *pattern) if pattern[1] > 1 else dense)
+    values, scales = values.to(DEVICE), scales.to(DEVICE)
+    packed = list(nm.pack(values, *pattern)) if pattern[1] > 1 else [values]
+    given = [torch.tensor(0.02, device=DEVICE)] if activations == "static" else []
+    spec = Int8Spec(activations, *pattern, size[1], size[0])
+    return values, scales, layouts.get(spec.op, layout).from_neutral([*packed, scales, *given], spec, torch.half), spec
+
+
+@on_hopper
+def test_every_wgmma_kernel():
+    """What compute-sanitizer looks at, without it."""
+    assert [str(case) for case in sanitize_wgmma.cases() if not sanitize_wgmma.run(case, DEVICE)] == []
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("pattern", "layout"), HELD, ids=str)
+@pytest.mark.parametrize("size", WGMMA_SIZES, ids=str)
+def test_every_wgmma_configuration_against_float64(size, pattern, layout, dtype):
+    """All that ``sb.tune`` may choose, activations in turn."""
+    dense, weight, spec = held(size, dtype, pattern, layout)
+    bias = torch.randn(size[0], device=DEVICE, dtype=dtype)
+    activations = cycle(ACTIVATIONS)
+    for tokens in TOKENS:
+        x = x_of(tokens, size[1], dtype)
+        for configuration in solve(spec, x, layout=layout)[2]:
+            activation = next(activations)
+            candidate, problem, _ = solve(spec, x, activation, layout)
+            b = None if activation == "relu" else bias
+            poison(tokens, size[0], dtype)
+            check(candidate.run(x, weight, b, problem, configuration=configuration), x, dense, b, activation)
+
+
+@on_hopper
+@pytest.mark.parametrize(("pattern", "layout"), INT8_HELD, ids=str)
+@pytest.mark.parametrize("size", WGMMA_SIZES, ids=str)
+def test_int8_sums_of_wgmma_are_exact_in_every_configuration(size, pattern, layout):
+    values, _, weight, spec = int8_held(size, pattern, layout)
+    weight = [torch.ones_like(part) if part.dtype == torch.float32 else part for part in weight]
+    for tokens in TOKENS:
+        q = torch.randint(-127, 128, (tokens, size[1]), device=DEVICE, dtype=torch.int8)
+        ones, sums = torch.ones(tokens, device=DEVICE), sums_of(q, values)
+        # So fp32 holds each of them.
+        assert sums.abs().max() < 2**24
+        candidate, problem, found = solve(spec, q.half(), layout=layout)
+        problem = problem._replace(dtype=torch.float32)
+        for configuration in found:
+            poison(tokens, size[0], torch.float32)
+            y = candidate.run.multiply(q, ones, weight, None, problem, configuration=configuration)
+            assert torch.equal(y.double(), sums), configuration
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float32], ids=str)
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+@pytest.mark.parametrize(("pattern", "layout"), INT8_HELD, ids=str)
+def test_int8_linear_by_wgmma_against_float64(pattern, layout, activations, dtype):
+    output_scale = torch.tensor(OUTPUT_SCALE, device=DEVICE)
+    for size in ((768, 3072), (100, 96)):
+        values, scales, weight, spec = int8_held(size, pattern, layout, activations)
+        bias = torch.randn(size[0], device=DEVICE, dtype=dtype)
+        for tokens in (1, 9, 127, 512):
+            x = x_of(tokens, size[1], dtype)
+            q, s = int8.quantize_rows(x, weight[-1] if activations == "static" else None)
+            sums = sums_of(q, values) * s.double()[:, None] * scales.double() + bias.double()
+            for activation, act in ACTIVATIONS.items():
+                options = {"layout": layout, "activation": activation, **spec._asdict()}
+                poison(tokens, size[0], dtype)
+                with sb.backend("cuda"):
+                    y = int8_linear(x, weight, bias, **options)
+                    again, again_scales = int8_linear_to_int8(q, s, weight, bias, output_scale, **options)
+                exact = act(sums)
+                # One rounding to the dtype, and fp32 before it.
+                bound = (torch.finfo(dtype).eps + 4e-6) * exact.abs().max()
+                assert y.dtype == dtype and (y.double() - exact).abs().max() <= bound, (tokens, activation)
+                assert torch.equal(again_scales, output_scale.expand(tokens))
+                assert (again - (exact / OUTPUT_SCALE).clamp(-127, 127)).abs().max() <= 0.5 + 1e-3
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("rank", "parts"), [(8, 1), (32, 1), (40, 1), (128, 1), (32, 3)])
+def test_low_rank_by_wgmma_against_float64(rank, parts, dtype):
+    """At most twice the error of torch's sequence, in every configuration."""
+    for out_features, in_features in ((2304, 768), (768, 3072), (384 if parts > 1 else 100, 96)):
+        u = torch.randn(out_features, rank, device=DEVICE).to(dtype)
+        v = torch.randn(parts * rank, in_features, device=DEVICE).to(dtype)
+        s = nm.project(torch.randn(out_features, in_features), 2, 4).to(DEVICE, dtype)
+        weight, bias = [u, v, *nm.pack(s, 2, 4)], torch.randn(out_features, device=DEVICE, dtype=dtype)
+        spec = LowRankSparseSpec(rank, "nm", 2, 4, 0, in_features, out_features, parts)
+        (reference,) = (c for c in select.candidates(spec.op, "neutral") if c.backend == "reference")
+        both = [one @ other for one, other in zip(u.double().chunk(parts), v.double().chunk(parts), strict=True)]
+        activations = cycle(ACTIVATIONS)
+        for tokens in (1, 9, 127, 512):
+            x = x_of(tokens, in_features, dtype)
+            sums = x.double() @ (torch.cat(both) + s.double()).t() + bias.double()
+            for configuration in solve(spec, x, layout="neutral")[2]:
+                activation = next(activations)
+                candidate, problem, _ = solve(spec, x, activation, "neutral")
+                exact = ACTIVATIONS[activation](sums)
+                theirs = reference.run(x, weight, bias, problem).double()
+                poison(tokens, out_features, dtype)
+                y = candidate.run(x, weight, bias, problem, configuration=configuration)
+                bound = 2 * (theirs - exact).abs().max() + torch.finfo(dtype).eps * sums.abs().max()
+                assert (y.double() - exact).abs().max() <= bound, configuration
+
+
+@on_hopper
+@pytest.mark.parametrize(("pattern", "layout"), HELD[:2], ids=str)
+def test_what_wgmma_reads_may_lie_anywhere(pattern, layout):
+    dense, weight, spec = held((96, 128), torch.float16, pattern, layout)
+    wide = x_of(33, 304)
+    views = [
+        # Rows 608 bytes apart, whose beginnings are multiples of 16, 8, 4 and 2.
+        *(wide[:, start : start + 128] for start in (0, 8, 4, 2, 1, 3)),
+        x_of(33, 300)[:, :128],
+        wide[:1, :128].expand(33, 128),
+        x_of(128, 33).t(),
+        x_of(2 * 5, 128).view(2, 5, 128),
+        x_of(1, 128)[0],
+        x_of(0, 128).view(2, 0, 128),
+    ]
+    with sb.backend("cuda"):
+        for x in views:
+            check(nm_linear(x, weight, None, layout=layout, **spec._asdict()), x, dense, None)
+    storage = torch.zeros(96 * 128 + 1, device=DEVICE, dtype=torch.float16)
+    storage[1:] = dense.flatten()
+    candidate, problem, found = solve(DenseSpec(128, 96), wide[:, :128], "gelu", "neutral")
+    y = candidate.run(wide[:, :128], [storage[1:].view(96, 128)], None, problem, configuration=found[0])
+    check(y, wide[:, :128], dense, None, "gelu")
+
+
+@on_hopper
+@pytest.mark.parametrize(("pattern", "layout"), HELD[:2], ids=str)
+def test_more_results_of_wgmma_than_32_bits_count(pattern, layout):
+    tokens, size = 720_000, (3072, 64)
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of free device memory")
+    dense, weight, spec = held(size, torch.float16, pattern, layout)
+    x = x_of(tokens, size[1])
+    with sb.backend("cuda"):
+        y = nm_linear(x, weight, None, layout=layout, **spec._asdict())
+    assert y.numel() > 2**31
+    for part in (slice(0, 64), slice(tokens - 64, tokens)):
+        check(y[part], x[part], dense, None)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_wgmma_configuration_is_the_same_again_and_in_a_graph(dtype):
+    dense, weight, spec = held((768, 3072), dtype, (2, 4), "neutral")
+    for tokens in (1, 33, 2048):
+        x = x_of(tokens, 3072, dtype)
+        candidate, problem, found = solve(spec, x, layout="neutral")
+        for configuration in found:
+
+            def call(x, configuration=configuration, candidate=candidate, problem=problem):
+                return candidate.run(x, weight, None, problem, configuration=configuration)
+
+            first = call(x)
+            check(first, x, dense, None)
+            assert all(torch.equal(call(x), first) for _ in range(20)), configuration
+            graph, y = captured(call, x)
+            for _ in range(3):
+                y.fill_(float("nan"))
+                graph.replay()
+                assert torch.equal(y, first), configuration
+
+
+WGMMA_FORMATS = {
+    "2:4": sb.NMConfig(2, 4),
+    "int8": sb.Int8Config(),
+    "int8 2:4": sb.Int8Config(weights=sb.NMConfig(2, 4)),
+    "low rank + 2:4": sb.LowRankSparseConfig(rank=40, sparse=sb.NMConfig(2, 4)),
+}
+
+
+@on_hopper
+@pytest.mark.parametrize("tokens", [4, 512])
+@pytest.mark.parametrize("config", WGMMA_FORMATS.values(), ids=WGMMA_FORMATS.keys())
+def test_a_neutral_feed_forward_net_compiled_and_captured(config, tokens):
+    """The same numbers, to the bit."""
+    net, x = packed_net(config, layout="neutral"), x_of(tokens, 768)
+    with sb.backend("cuda"), torch.no_grad():
+        expected = net(x)
+        graph, y = captured(net, x)
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(net, fullgraph=True)(x), expected)
+
+
+@on_hopper
+def test_tune_measures_wgmma_which_waits_until_then(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path))
+    model = nn.Sequential(nn.Linear(768, 3072)).half().to(DEVICE).requires_grad_(False)
+    sb.compress_(model, {"*": sb.NMConfig(2, 4)}, layout="neutral")
+    waiting = "cuda: not measured here, and no GPU has run it yet: estimated at "
+    (layer,) = sb.explain(model, tokens=512).layers
+    assert not layer.kernel.startswith("cuda") and any(reason.startswith(waiting) for reason in layer.refused)
+    assert "neutral" in sb.tune(model, [512], budget_s=0.5).rows[0].median_us
+    model[0].prepare_("neutral")
+    (layer,) = sb.explain(model, tokens=512).layers
+    assert layer.kernel.endswith(": measured)") and not any(reason.startswith(waiting) for reason in layer.refused)
+    x = x_of(512, 768)
+    check(model(x), x, model[0].dense_weight(), model[0].bias)
+
+
+@on_hopper
+def test_a_wgmma_call_that_does_not_fit_is_refused_before_it_is_launched():
+    _, (values, positions), _ = held((64, 64), torch.float16, (2, 4), "neutral")
+    x, y = x_of(9, 64), x_of(9, 64)
+    call = {
+        **{"element": 0, "pattern": 1, "tokens": 9, "in_features": 64, "out_features": 64, "x_stride": 64},
+        **{"tile": 0, "sharing": 1, "splits": 1, "x": x.data_ptr(), "values": values.data_ptr()},
+        **{"positions": positions.data_ptr(), "y": y.data_ptr(), "y_number": 0, "device": 0, "stream": 0},
+    }
+    linear = extension.load().wgmma_linear
+    for changes, text in (
+        ({"in_features": 72}, "in_features is 72, expected a multiple of 16"),
+        ({"tile": 99}, "tile is 99, expected 0 to"),
+        ({"splits": 2}, "splits is 2, expected a stage of inputs for each"),
+        ({"x": x.data_ptr() + 2}, "x begins 2 bytes past a multiple of 16"),
+        ({"values": 0}, "values is missing"),
+    ):
+        with pytest.raises(ValueError, match=f"^wgmma_linear: {text}"):
+            linear(**call | changes)
+    with pytest.raises(RuntimeError, match="wgmma_linear"):
         linear(**call | {"device": 10_000})
     linear(**call)
     torch.cuda.synchronize()

@@ -136,7 +136,7 @@ def test_who_serves_what():
         for layout in layouts.names(spec.op):
             x = torch.empty(3, 64, dtype=dtype)
             problem = select.problem_of(spec, layout, x, activation)
-            found = {c.backend: r for c, r in select.review(problem)}
+            found = {c.backend: r for c, r in select.review(problem) if c.backend != "cuda"}
             assert found == {"triton": reason, "reference": None}
             assert select.choose(problem).backend == ("triton" if reason is None else "reference")
     with sb.backend("triton"), pytest.raises(RuntimeError, match="triton: nothing to fuse"):

@@ -43,21 +43,43 @@ struct MatrixRow {
     const void* row;
 };
 
-inline void run_load_matrices(Lanes& lanes) {
-    uint32_t rows[32][4] = {};
-    for (int lane = 0; lane < 32; ++lane) {
-        const void* row = lanes.of<MatrixRow>(lane).row;
-        lanes.act_as(lane);
-        if (lanes.shared.read("load_matrices", row, 16, 16)) std::memcpy(rows[lane], row, 16);
+// Four matrices of 8 x 8, row by row.
+struct Matrices {
+    uint16_t rows[32][8] = {};
+
+    Matrices(Lanes& lanes, const char* operation) {
+        for (int lane = 0; lane < 32; ++lane) {
+            const void* row = lanes.of<MatrixRow>(lane).row;
+            lanes.act_as(lane);
+            if (lanes.shared.read(operation, row, 16, 16)) std::memcpy(rows[lane], row, 16);
+        }
     }
+    static uint32_t word(uint16_t low, uint16_t high) { return low | uint32_t{high} << 16; }
+};
+
+inline void run_load_matrices(Lanes& lanes) {
+    const Matrices matrices(lanes, "load_matrices");
     for (int lane = 0; lane < 32; ++lane) {
         const int g = lane / 4, q = lane % 4;
         for (int matrix = 0; matrix < 4; ++matrix) {
-            lanes.of<MatrixRow>(lane).fragment[matrix] = rows[8 * matrix + g][q];
+            const uint16_t(&row)[8] = matrices.rows[8 * matrix + g];
+            lanes.of<MatrixRow>(lane).fragment[matrix] = Matrices::word(row[2 * q], row[2 * q + 1]);
         }
     }
 }
 inline constexpr Collective load_matrices{"load_matrices", run_load_matrices};
+
+inline void run_load_matrices_transposed(Lanes& lanes) {
+    const Matrices matrices(lanes, "load_matrices_transposed");
+    for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane / 4, q = lane % 4;
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            const uint16_t(*rows)[8] = matrices.rows + 8 * matrix + 2 * q;
+            lanes.of<MatrixRow>(lane).fragment[matrix] = Matrices::word(rows[0][g], rows[1][g]);
+        }
+    }
+}
+inline constexpr Collective load_matrices_transposed{"load_matrices_transposed", run_load_matrices_transposed};
 
 struct Row {
     const uint32_t* fragment;
@@ -81,6 +103,25 @@ inline void run_store_matrices_transposed(Lanes& lanes) {
     }
 }
 inline constexpr Collective store_matrices_transposed{"store_matrices_transposed", run_store_matrices_transposed};
+
+struct Shuffle {
+    const void* from;
+    void* to;
+    int bits;
+};
+
+inline void run_shuffle_xor(Lanes& lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+        const Shuffle& own = lanes.of<Shuffle>(lane);
+        lanes.act_as(lane);
+        if (own.bits < 0 || own.bits > 31) {
+            lanes.report.add("out of range", "shuffle_xor by ", own.bits, ", expected 0 to 31");
+        } else {
+            std::memcpy(own.to, lanes.of<Shuffle>(lane ^ own.bits).from, 4);
+        }
+    }
+}
+inline constexpr Collective shuffle_xor{"shuffle_xor", run_shuffle_xor};
 
 inline void run_sync_warp(Lanes& lanes) { lanes.causality.meet(lanes.now.first + lanes.first_thread, 32); }
 inline constexpr Collective sync_warp{"sync_warp", run_sync_warp};

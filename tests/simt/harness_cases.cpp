@@ -395,6 +395,15 @@ SB_KERNEL(32) matrices(Fragments p, int times) {
     for (int i = 0; i < 4; ++i) store_global(static_cast<uint32_t*>(p.d) + 4 * lane + i, fragment[i]);
 }
 
+// Each lane's words come from the lane whose number differs in these bits.
+SB_KERNEL(32) shuffled(Fragments p, int bits) {
+    const int lane = thread_index();
+    const Words4 own = load_global(p.a + lane);
+    for (int i = 0; i < 4; ++i) {
+        store_global(static_cast<uint32_t*>(p.d) + 4 * lane + i, shuffle_xor(own.word[i], bits));
+    }
+}
+
 // Each thread of a grid writes where it is, in the order in which the blocks begin.
 void note_place(int32_t* place, uint32_t* counter, int threads) {
     const int t = thread_index();
@@ -438,6 +447,7 @@ const std::vector<std::pair<const char*, Product>> PRODUCTS = {
     {"sparse_bfloat16_0", sparse_product<BFloat16, 0>}, {"sparse_bfloat16_1", sparse_product<BFloat16, 1>},
     {"sparse_int8", sparse_product_int8},               {"dense_float16", dense_product<Half>},
     {"dense_bfloat16", dense_product<BFloat16>},        {"matrices", matrices},
+    {"shuffled", shuffled},
 };
 
 template <typename Function>

@@ -1,50 +1,31 @@
-// The wgmma kernel on the CPU: what Python gives are addresses and sizes.
+// The wgmma kernel on the CPU: the Python side of sparsebert._C with a launch that runs in the machine of simt.hpp.
 #include <pybind11/pybind11.h>
+#include <wgmma/bind.h>
 
-#include "wgmma_simulate.hpp"
+#include "simt.hpp"
 
 namespace sparsebert::wgmma {
 
-extern template void simulate_as<Element::half>(const Call&);
-extern template void simulate_as<Element::bfloat16>(const Call&);
-extern template void simulate_as<Element::int8>(const Call&);
+// What wgmma_simulate.hpp declares, without its templates: they are instantiated in the source of each type of x.
+simt::Order order = simt::Forward;
+template <Element ELEMENT>
+void simulate_as(const Call& call);
 
 namespace {
 
-template <typename T>
-T* at(uint64_t address) {
-    return reinterpret_cast<T*>(address);
-}
+// Of the GPU that the calls are for; few, so that blocks take several tiles.
+int multiprocessors = 8;
 
-void linear(int element, int pattern, int tile, int blocks, int tokens, int in_features, int out_features, uint64_t x,
-            int64_t x_stride, uint64_t weight, uint64_t positions, uint64_t bias, int bias_number, uint64_t x_scale,
-            uint64_t scale, uint64_t output_scale, uint64_t y, int y_number, uint64_t y_scale, int activation,
-            float alpha, bool tiled) {
-    Arguments args{};
-    args.positions = at<const uint8_t>(positions);
-    args.bias = at<const void>(bias);
-    args.x_scale = at<const float>(x_scale);
-    args.scale = at<const float>(scale);
-    args.output_scale = at<const float>(output_scale);
-    args.y = at<void>(y);
-    args.y_scale = at<float>(y_scale);
-    args.tokens = tokens;
-    args.in_features = in_features;
-    args.out_features = out_features;
-    args.blocks = blocks;
-    args.alpha = alpha;
-    args.activation = static_cast<Activation>(activation);
-    args.y_number = static_cast<Number>(y_number);
-    args.bias_number = static_cast<Number>(bias_number);
-    args.tiled = tiled;
-    const Call call{static_cast<Element>(element), static_cast<Pattern>(pattern), tile, x_stride, x, weight, args};
-    switch (call.element) {
+void simulate(const Call& call) {
+    Call own = call;
+    own.problem.sms = multiprocessors;
+    switch (call.problem.element) {
         case Element::half:
-            return simulate_as<Element::half>(call);
+            return simulate_as<Element::half>(own);
         case Element::bfloat16:
-            return simulate_as<Element::bfloat16>(call);
+            return simulate_as<Element::bfloat16>(own);
         case Element::int8:
-            return simulate_as<Element::int8>(call);
+            return simulate_as<Element::int8>(own);
     }
 }
 
@@ -52,10 +33,18 @@ void linear(int element, int pattern, int tile, int blocks, int tokens, int in_f
 }  // namespace sparsebert::wgmma
 
 PYBIND11_MODULE(wgmma_linear, module) {
-    module.def("linear", &sparsebert::wgmma::linear);
+    using namespace sparsebert::wgmma;
+    bind(module, &simulate);
+    module.def("set_order", [](int seed) {
+        order = seed == 0 ? simt::Forward : seed < 0 ? simt::Reversed : simt::shuffled(seed);
+    }, "Clusters run one after the other: 0 forward, below 0 reversed, else shuffled by this seed.");
+    module.def("set_sms", [](int sms) { multiprocessors = sms; });
+    module.def("build_info", [] {
+        pybind11::dict info;
+        info["archs"] = pybind11::make_tuple("80", "90a", "120");
+        return info;
+    });
     pybind11::list tiles;
-    for (const auto& tile : sparsebert::wgmma::TILES) {
-        tiles.append(pybind11::make_tuple(tile.features(), tile.tokens));
-    }
+    for (const Tile& tile : TILES) tiles.append(pybind11::make_tuple(tile.features(), tile.tokens));
     module.attr("TILES") = tiles;
 }

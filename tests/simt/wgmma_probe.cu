@@ -3,10 +3,9 @@
 
 namespace sparsebert::wgmma {
 
-#define KERNEL(element, pattern, tile)                                                                \
-    template __global__ void wgmma_linear_kernel<Element::element, Pattern::pattern, tile>(           \
-        const SB_PARAMETERS Arguments, const SB_PARAMETERS TensorMap, const SB_PARAMETERS TensorMap,   \
-        const SB_PARAMETERS TensorMap);
+#define KERNEL(element, pattern, tile)                                                  \
+    template __global__ void wgmma_linear_kernel<Element::element, Pattern::pattern, tile>( \
+        const SB_PARAMETERS Arguments, const SB_PARAMETERS Maps);
 
 KERNEL(bfloat16, dense, 3)
 KERNEL(bfloat16, nm24, 3)

@@ -17,9 +17,10 @@ from sparsebert.configs import Int8Config, LowRankConfig, LowRankSparseConfig, p
 from sparsebert.formats import int8, mma_sp, nm, one_shot
 from sparsebert.nn import MODULES, PackedLinear
 from sparsebert.ops import layouts, measurements, select
-from sparsebert.ops.cuda import nm24
+from sparsebert.ops.cuda import nm24, wgmma
 from sparsebert.ops.cuda.mma_sp import MMA_SP
-from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec
+from sparsebert.ops.devices import Device
+from sparsebert.ops.specs import DenseSpec, Int8Spec, LowRankSparseSpec
 
 FP16, BF16 = torch.float16, torch.bfloat16
 
@@ -180,8 +181,8 @@ def name_of(solution: select.Solution) -> str:
 
 def peers(dtype: torch.dtype, *, on_gpu: bool) -> tuple[Peer, ...]:
     """Every format in every layout by every backend, named ``format/layout/backend/dtype``; without those of GPUs
-    where there is none."""
-    found = []
+    where there is none. On a GPU also a dense weight by the kernel for Hopper: a path to beat."""
+    found = [_dense_peer(dtype)] if on_gpu else []
     for format in FORMATS:
         # Small, and of the same op and pattern as any other size.
         spec = layer(format, 64, 64, torch.float32, torch.device("cpu")).spec
@@ -189,6 +190,8 @@ def peers(dtype: torch.dtype, *, on_gpu: bool) -> tuple[Peer, ...]:
             if not _holds(layout, spec) or (on_gpu and layout == ops.int8.FLOATS):
                 continue
             backends = {candidate.backend for candidate in select.candidates(spec.op, layout)}
+            if not _runs(layout, spec, dtype):
+                backends.discard("cuda")
             if not on_gpu:
                 backends &= set() if layout in _GPU_LAYOUTS else {"reference", "torch"}
             elif len(backends) > 1 and not spec.op.startswith("low_rank"):
@@ -210,6 +213,13 @@ def _holds(layout: str, spec: Any) -> bool:
         return spec.m > 1
     rows = getattr(spec, "sparse", None) == "rows"
     return rows if layout in ("stacked", "grouped") else not (rows and layout == "padded")
+
+
+def _runs(layout: str, spec: Any, dtype: torch.dtype) -> bool:
+    """Whether a CUDA kernel is measured in ``layout``: not in ``dense``, where a module calls torch's linear itself."""
+    if layout in (MMA_SP, layouts.DENSE):
+        return layout == MMA_SP
+    return wgmma.pattern_of(select.Problem(layout, Device("cuda"), dtype, spec, 1, "none")) is not None
 
 
 def _peer(format: str, layout: str, backend: str, dtype: torch.dtype) -> Peer:
@@ -288,36 +298,63 @@ def _int8_to_int8(case: Case) -> Built:
     )
 
 
-def _configured(spec: Any, x: Tensor, activation: str) -> list[tuple[str, select.Solution, select.Problem]]:
-    """Every way to run ``spec`` in the layout ``mma_sp``, named; on a CPU, the reference."""
+def _configured(
+    spec: Any, layout: str, x: Tensor, activation: str
+) -> list[tuple[str, select.Solution, select.Problem]]:
+    """Every way to run ``spec`` in ``layout`` by a CUDA kernel, named; on a CPU, the reference."""
     backend = "cuda" if x.is_cuda else "reference"
-    problem = select.problem_of(spec, MMA_SP, x, activation)
+    problem = select.problem_of(spec, layout, x, activation)
     return [(name_of(found), found, problem) for found in select.solutions(_candidate(problem, backend), problem)]
 
 
-def _tail(case: Case, dtype: torch.dtype, rank: int) -> Built:
+def _dense_peer(dtype: torch.dtype) -> Peer:
+    short, name = SHORT[dtype], str(dtype).removeprefix("torch.")
+    build = partial(_dense, dtype=dtype)
+    return Peer(f"dense/neutral/cuda/{short}", "dense", name, "bias + GELU (erf)", build, f"matmul_{short}")
+
+
+def _dense(case: Case, dtype: torch.dtype) -> Built:
+    """A dense weight by the kernel for Hopper, which its 2:4 has to be quicker than."""
+    x, w, b = case.operands(dtype)
+    copies = case.rotate(w)
+    spec = DenseSpec(case.shape.in_features, case.shape.out_features)
+    return Built(
+        variants={
+            name: [partial(solution.run, x, [copy], b, problem) for copy in copies]
+            for name, solution, problem in _configured(spec, layouts.NEUTRAL, x, case.activation)
+        },
+        reference=lambda: case.activate(product(x, w, b)),
+        weight_bytes=w.nbytes,
+        moved_bytes=case.moved(w.nbytes, 2, 2, b),
+        limit=LIMITS[dtype],
+    )
+
+
+def _tail(case: Case, dtype: torch.dtype, rank: int, layout: str) -> Built:
     """2:4 and a low-rank part in the same sums, where t = x vᵀ is there already and not part of the time."""
     x, w, b = case.operands(dtype, pruned=True)
     shape = case.shape
     u = case.normal(shape.out_features, rank, dtype=dtype, scale=rank**-0.5)
     v = case.normal(rank, shape.in_features, dtype=dtype, scale=shape.in_features**-0.5)
     spec = LowRankSparseSpec(rank, "nm", 2, 4, 0, shape.in_features, shape.out_features)
-    weight = layouts.get(spec.op, MMA_SP).from_neutral([u, v, *nm.pack(w, 2, 4)], spec, dtype)
+    weight = layouts.get(spec.op, layout).from_neutral([u, v, *nm.pack(w, 2, 4)], spec, dtype)
     copies = case.rotate_all(weight)
     weight_bytes = sum(tensor.nbytes for tensor in weight) - v.nbytes
     t = F.linear(x, v)
-    sizes: dict[str, Any] = {"in_features": shape.in_features, "out_features": shape.out_features}
+    linear: Callable[..., Tensor] = wgmma.linear
+    if layout == MMA_SP:
+        linear = partial(nm24.linear, in_features=shape.in_features, out_features=shape.out_features)
 
     def call(copy: list[Tensor], configuration: Any) -> Tensor:
-        packed, _, values, metadata = copy
+        own_u, _, values, places = copy
         if configuration is None:
             return F.linear(t, u, b) + F.linear(x, w)
-        return nm24.linear(x, values, metadata, b, **sizes, config=configuration, t=t, u=packed)
+        return linear(x, values, places, b, config=configuration, t=t, u=own_u)
 
     return Built(
         variants={
             name: [partial(call, copy, solution.configuration) for copy in copies]
-            for name, solution, _ in _configured(spec, x, "none")
+            for name, solution, _ in _configured(spec, layout, x, "none")
         },
         # From t as it is rounded.
         reference=lambda: product(x, w, b) + product(t, u),
@@ -328,13 +365,15 @@ def _tail(case: Case, dtype: torch.dtype, rank: int) -> Built:
     )
 
 
-def _int8_rows(case: Case, dtype: torch.dtype, *, again: bool) -> Built:
-    """int8 2:4 of rows that are int8 already, to ``dtype`` or, ``again``, to int8 by one scale."""
-    x, w, b = case.operands(dtype, pruned=True)
+def _int8_rows(case: Case, dtype: torch.dtype, layout: str, *, again: bool = False, pruned: bool = True) -> Built:
+    """int8, at 2:4 where ``pruned``, of rows that are int8 already; to ``dtype`` or, ``again``, int8 by one scale."""
+    x, w, b = case.operands(dtype, pruned=pruned)
     values, scales = int8.quantize_weight(w)
     q, s = int8.quantize_rows(x)
-    spec = Int8Spec("dynamic", 2, 4, case.shape.in_features, case.shape.out_features)
-    weight = layouts.get(spec.op, MMA_SP).from_neutral([*nm.pack(values, 2, 4), scales], spec, dtype)
+    n, m = (2, 4) if pruned else (1, 1)
+    spec = Int8Spec("dynamic", n, m, case.shape.in_features, case.shape.out_features)
+    packed = nm.pack(values, n, m) if pruned else (values,)
+    weight = layouts.get(spec.op, layout).from_neutral([*packed, scales], spec, dtype)
     copies = case.rotate_all(weight)
     weight_bytes = sum(tensor.nbytes for tensor in weight)
 
@@ -352,13 +391,13 @@ def _int8_rows(case: Case, dtype: torch.dtype, *, again: bool) -> Built:
     return Built(
         variants={
             name: [call(solution, copy, problem) for copy in copies]
-            for name, solution, problem in _configured(spec, x, case.activation)
+            for name, solution, problem in _configured(spec, layout, x, case.activation)
         },
         reference=lambda: (result() / step.double()).round() if again else result(),
         weight_bytes=weight_bytes,
         moved_bytes=case.moved(weight_bytes, 1, 1 if again else 2, b),
         limit=LIMITS[dtype],
-        operations=case.flops // 2,
+        operations=case.flops // (2 if pruned else 1),
     )
 
 
@@ -367,29 +406,46 @@ def _one(name: str, dtype: str, epilogue: str, build: Callable[[Case], Built], r
 
 
 CHAINED = (
+    *(
+        _one(
+            f"int8+2:4_rows/{layout}/cuda/bf16",
+            "int8 2:4 -> bfloat16",
+            "scales per token and feature, bias, GELU (erf)",
+            partial(_int8_rows, dtype=BF16, layout=layout),
+            "matmul_int8",
+            gelu=("ffn_in", "ffn_out"),
+        )
+        for layout in (MMA_SP, layouts.NEUTRAL)
+    ),
     _one(
-        "int8+2:4_rows/mma_sp/cuda/bf16",
-        "int8 2:4 -> bfloat16",
+        "int8_rows/neutral/cuda/bf16",
+        "int8 -> bfloat16",
         "scales per token and feature, bias, GELU (erf)",
-        partial(_int8_rows, dtype=BF16, again=False),
+        partial(_int8_rows, dtype=BF16, layout=layouts.NEUTRAL, pruned=False),
         "matmul_int8",
         gelu=("ffn_in", "ffn_out"),
     ),
-    _one(
-        "int8+2:4_to_int8/mma_sp/cuda/fp16",
-        "int8 2:4 -> int8",
-        "scales, bias, GELU (erf), one scale",
-        partial(_int8_rows, dtype=FP16, again=True),
-        "matmul_int8",
-        plain=False,
+    *(
+        _one(
+            f"int8+2:4_to_int8/{layout}/cuda/fp16",
+            "int8 2:4 -> int8",
+            "scales, bias, GELU (erf), one scale",
+            partial(_int8_rows, dtype=FP16, layout=layout, again=True),
+            "matmul_int8",
+            plain=False,
+        )
+        for layout in (MMA_SP, layouts.NEUTRAL)
     ),
-    _one(
-        "tail32+2:4/mma_sp/cuda/fp16",
-        "float16, rank 32 + 2:4, x vᵀ given",
-        "bias",
-        partial(_tail, dtype=FP16, rank=32),
-        "matmul_fp16",
-        gelu=(),
+    *(
+        _one(
+            f"tail32+2:4/{layout}/cuda/fp16",
+            "float16, rank 32 + 2:4, x vᵀ given",
+            "bias",
+            partial(_tail, dtype=FP16, rank=32, layout=layout),
+            "matmul_fp16",
+            gelu=(),
+        )
+        for layout in (MMA_SP, layouts.NEUTRAL)
     ),
     _one(
         "int8_to_int8/neutral/triton/fp16",

@@ -14,13 +14,23 @@ Row = dict[str, Any]
 _NAMES = ("commit", "date", "dirty", "torch", "triton", "transformers", "cuda", "driver", "cusparselt", "python")
 # Of the op sweep's tables; the rows have all counts.
 SHOWN = (32, 128, 512, 2048, 8192)
-# What csrc/nm24 was written for: title -> activation, what it is held against, the kernel that does the same.
-_ROWS, _24 = "int8+2:4_rows/mma_sp/cuda/bf16", "2:4/mma_sp/cuda/fp16"
-AGAINST = {
-    "fp16 over cuSPARSELt (target 0.9x)": ("none", "cusparselt_fp16", _24),
-    "int8 + GELU over cuBLAS bf16 + GELU (1.5x)": ("gelu", "cublas_bf16", _ROWS),
-    "over cuSPARSELt int8 + scales + GELU (1.2x)": ("gelu", "cusparselt_int8_scaled", _ROWS),
-    "with rank 32, x vᵀ given (0.95x)": ("none", _24, "tail32+2:4/mma_sp/cuda/fp16"),
+# What the CUDA kernels were written for: title -> activation, what it is held against, the kernel that does the same.
+Against = dict[str, tuple[str, str, str]]
+_ROWS, _24 = "int8+2:4_rows/{}/cuda/bf16", "2:4/{}/cuda/fp16"
+MMA_SP: Against = {
+    "fp16 over cuSPARSELt (target 0.9x)": ("none", "cusparselt_fp16", _24.format("mma_sp")),
+    "int8 + GELU over cuBLAS bf16 + GELU (1.5x)": ("gelu", "cublas_bf16", _ROWS.format("mma_sp")),
+    "over cuSPARSELt int8 + scales + GELU (1.2x)": ("gelu", "cusparselt_int8_scaled", _ROWS.format("mma_sp")),
+    "with rank 32, x vᵀ given (0.95x)": ("none", _24.format("mma_sp"), "tail32+2:4/mma_sp/cuda/fp16"),
+}
+WGMMA: Against = {
+    "bf16 over cuBLAS (target 1.25x from 4,096 on, FFN)": ("none", "cublas_bf16", "2:4/neutral/cuda/bf16"),
+    "fp16 over cuSPARSELt (1x from 512 on)": ("none", "cusparselt_fp16", _24.format("neutral")),
+    "fp16 over its dense twin": ("none", "dense/neutral/cuda/fp16", _24.format("neutral")),
+    "dense fp16 over cuBLAS": ("none", "cublas_fp16", "dense/neutral/cuda/fp16"),
+    "int8 + GELU over cuBLAS bf16 + GELU (2x from 2,048 on)": ("gelu", "cublas_bf16", _ROWS.format("neutral")),
+    "dense int8 over _int_mm and its scales (1x)": ("none", "int_mm_bf16", "int8_rows/neutral/cuda/bf16"),
+    "with rank 32, x vᵀ given": ("none", _24.format("neutral"), "tail32+2:4/neutral/cuda/fp16"),
 }
 AGAINST_NOTE = "The other's time over the kernel's: above 1 the kernel is faster; the last is what a tail leaves."
 PEAKS_NOTE = "One instruction or transfer alone. 2:4 counts the dense product it stands for; of a chain, the gap alone."
@@ -40,7 +50,8 @@ def summary(rows: Sequence[Row]) -> str:
         tables.never_slower(rows),
         _section("Ceilings", "", tables.ceilings(rows)),
         peaks(rows),
-        _section("The CUDA 2:4 kernel", AGAINST_NOTE, _against(rows)),
+        _section("The CUDA 2:4 kernel", AGAINST_NOTE, _against(rows, MMA_SP)),
+        _section("The CUDA kernel for Hopper", AGAINST_NOTE, _against(rows, WGMMA)),
         _section("The fused encoder", aims.NOTE, aims.table(rows)),
         _section("Break-even", page.BREAK_EVEN_NOTE, tables.break_even(rows)),
         _section("Linear layers", page.OPS_NOTE, tables.ops(shown)),
@@ -51,7 +62,7 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _against(rows: Sequence[Row]) -> Table:
+def _against(rows: Sequence[Row], against: Against) -> Table:
     times = {
         (row["role"], row["tokens"], row["activation"], row["peer"]): row["median_us"]
         for row in compare.steadied(rows)
@@ -60,12 +71,12 @@ def _against(rows: Sequence[Row]) -> Table:
     lines = []
     for role, tokens in sorted({key[:2] for key in times}):
         cells = []
-        for activation, other, own in AGAINST.values():
+        for activation, other, own in against.values():
             found = [times.get((role, tokens, activation, peer)) for peer in (other, own)]
             cells.append(f"{found[0] / found[1]:.2f}x" if found[0] and found[1] else tables.NOTHING)
         if set(cells) != {tables.NOTHING}:
             lines.append((role, str(tokens), *cells))
-    return Table(("layer", "tokens", *AGAINST), lines)
+    return Table(("layer", "tokens", *against), lines)
 
 
 def peaks(rows: Sequence[Row]) -> str:

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from sparsebert.ops.cuda import mma_sp  # noqa: F401 (adds its layouts and candidates)
+from sparsebert.ops.cuda import hopper, mma_sp  # noqa: F401 (add their layouts and candidates)

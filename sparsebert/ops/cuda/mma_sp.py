@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsebert.formats import mma_sp
-from sparsebert.ops import int8, layouts, low_rank_sparse, nm, quantized, reference, select
-from sparsebert.ops.cuda import nm24
-from sparsebert.ops.cuda.nm24 import RANK_MULTIPLE, Config, configurations, padded_rank
+from sparsebert.ops import int8, layouts, low_rank_sparse, nm, reference, select
+from sparsebert.ops.cuda import calls, nm24
+from sparsebert.ops.cuda.calls import rows_of
+from sparsebert.ops.cuda.nm24 import Config, configurations
 from sparsebert.ops.devices import describe
 from sparsebert.ops.layouts import COMPUTE, NEUTRAL, Held, Layout
+from sparsebert.ops.low_rank import RANK_MULTIPLE, padded_rank
 from sparsebert.ops.select import Candidate, Problem
-from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec, NMSpec, RowsSpec, Spec
+from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec, NMSpec, Spec
 
 MMA_SP = "mma_sp"
 _TEXT = "CUDA: 2:4 on the sparse tensor cores by mma.sp"
@@ -30,10 +32,6 @@ def _holds(spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
 
 def _serves(problem: Problem) -> str | None:
     return nm24.refusal(problem.spec, problem.dtype, problem.device)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 # nm_linear
@@ -80,7 +78,7 @@ def _nm_linear(
     spec: NMSpec = problem.spec
     values, metadata = weight
     y = nm24.linear(
-        _rows(x),
+        rows_of(x),
         values,
         metadata,
         bias,
@@ -134,12 +132,12 @@ def _int8_multiply(
 ) -> Tensor:
     spec: Int8Spec = problem.spec
     values, metadata, scales, *_ = weight
-    # The kernel reads fp32 scales and any bias but float64; tensors that are so already are not copied.
+    # The kernel reads fp32 scales; tensors that are so already are not copied.
     return nm24.linear(
         q,
         values,
         metadata,
-        bias.float() if bias is not None and bias.dtype == torch.float64 else bias,
+        calls.bias_of(bias),
         in_features=spec.in_features,
         out_features=spec.out_features,
         activation=problem.activation,
@@ -152,13 +150,7 @@ def _int8_multiply(
     )
 
 
-def _quantize(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    # By whatever serves that here: the product alone can be forced to be this backend's.
-    problem = select.problem_of(RowsSpec(quantized.OP, x.shape[-1]), NEUTRAL, x, "none")
-    return select.choose(problem, force=False).candidate.run(x, input_scale, problem)
-
-
-_KERNELS = int8.Kernels(_int8_multiply, _quantize, requantizes=True)
+_KERNELS = int8.Kernels(_int8_multiply, calls.quantize, requantizes=True)
 select.add_candidate(Candidate(int8.OP, MMA_SP, "cuda", _TEXT, _serves, _KERNELS, configurations))
 
 
@@ -224,7 +216,7 @@ def _low_rank_sparse_linear(
 ) -> Tensor:
     spec: LowRankSparseSpec = problem.spec
     u, v, values, metadata = weight
-    rows = _rows(x)
+    rows = rows_of(x)
     y = nm24.linear(
         rows,
         values,

@@ -10,19 +10,12 @@ import torch
 from torch import Tensor
 
 from sparsebert.formats import mma_sp
-from sparsebert.ops.activations import ACTIVATIONS
-from sparsebert.ops.cuda import extension
+from sparsebert.ops.cuda import calls, extension
+from sparsebert.ops.cuda.calls import Place, address
 from sparsebert.ops.devices import Device
+from sparsebert.ops.low_rank import padded_rank
 from sparsebert.ops.select import Problem
 from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec, Spec
-
-# Ranks are filled up with zeros to a multiple of what one product takes.
-RANK_MULTIPLE = 16
-# As `Element` and `Number` of csrc/nm24/problem.h count them.
-_ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
-_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int8: 3}
-_ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
-_FLOATS = (torch.float16, torch.bfloat16)
 
 
 class Config(NamedTuple):
@@ -55,15 +48,7 @@ def unfit(spec: Spec, dtype: torch.dtype) -> str | None:
         return f"needs a 2:4 pattern, not {pattern[0]}:{pattern[1]}"
     if spec.in_features % 4:
         return f"needs in_features in multiples of 4, not {spec.in_features}"
-    served = (*_FLOATS, torch.float32) if isinstance(spec, Int8Spec) else _FLOATS
-    if dtype not in served:
-        names = [str(one).removeprefix("torch.") for one in (*served, dtype)]
-        return f"needs {' or '.join(names[:-1])}, not {names[-1]}"
-    return None
-
-
-def padded_rank(rank: int) -> int:
-    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+    return calls.unserved(dtype, integer=isinstance(spec, Int8Spec))
 
 
 @lru_cache(maxsize=1024)
@@ -72,7 +57,7 @@ def configurations(problem: Problem) -> Sequence[Config]:
     spec: Any = problem.spec
     integer = isinstance(spec, Int8Spec)
     found = extension.load().nm24_solutions(
-        element=_ELEMENTS[torch.int8 if integer else problem.dtype],
+        element=calls.ELEMENTS[torch.int8 if integer else problem.dtype],
         tokens=max(1, problem.tokens),
         in_features=spec.in_features,
         out_features=spec.out_features,
@@ -125,11 +110,11 @@ def linear(
     if not y.numel():
         return y
     c = extension.load()
-    place = _place_of(x)
+    place = calls.place_of(x)
     partial, arrivals = _workspace(c, x, tokens, out_features, config, place)
     # What is made here lives until the call is launched; after that the stream's order keeps it.
     c.nm24_linear(
-        element=_ELEMENTS[x.dtype],
+        element=calls.ELEMENTS[x.dtype],
         tokens=tokens,
         in_features=in_features,
         out_features=out_features,
@@ -140,30 +125,26 @@ def linear(
         x_stride=x.stride(0),
         values=values.data_ptr(),
         metadata=metadata.data_ptr(),
-        columns=_address(columns),
-        t=_address(t),
-        u=_address(u),
-        bias=_address(bias),
-        bias_number=_NUMBERS[torch.float32 if bias is None else bias.dtype],
-        residual=_address(residual),
-        x_scale=_address(x_scale),
-        scale=_address(scales),
-        output_scale=_address(output_scale),
+        columns=address(columns),
+        t=address(t),
+        u=address(u),
+        bias=address(bias),
+        bias_number=calls.NUMBERS[torch.float32 if bias is None else bias.dtype],
+        residual=address(residual),
+        x_scale=address(x_scale),
+        scale=address(scales),
+        output_scale=address(output_scale),
         y=y.data_ptr(),
-        y_number=_NUMBERS[y_dtype],
-        y_scale=_address(y_scale),
-        partial=_address(partial),
-        arrivals=_address(arrivals),
-        activation=_ACTIVATIONS[activation],
+        y_number=calls.NUMBERS[y_dtype],
+        y_scale=address(y_scale),
+        partial=address(partial),
+        arrivals=address(arrivals),
+        activation=calls.ACTIVATIONS[activation],
         alpha=alpha,
         device=place.device,
         stream=place.stream,
     )
     return y
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _aligned(x: Tensor, columns: Tensor | None) -> Tensor:
@@ -174,24 +155,8 @@ def _aligned(x: Tensor, columns: Tensor | None) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-class _Place(NamedTuple):
-    """Where a call is launched, and whether a CUDA graph is being captured there."""
-
-    device: int
-    stream: int
-    capturing: bool
-
-
-def _place_of(x: Tensor) -> _Place:
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    if x.device.index == torch.cuda.current_device():
-        return _Place(x.device.index, stream, torch.cuda.is_current_stream_capturing())
-    with torch.cuda.device(x.device):
-        return _Place(x.device.index, stream, torch.cuda.is_current_stream_capturing())
-
-
 def _workspace(
-    c: Any, x: Tensor, tokens: int, out_features: int, config: Config, place: _Place
+    c: Any, x: Tensor, tokens: int, out_features: int, config: Config, place: Place
 ) -> tuple[Tensor | None, Tensor | None]:
     """Room for the partial sums of a split product, and its counters."""
     if config.splits == 1:
@@ -219,7 +184,7 @@ class _Counters:
         self._used = 0
         self._of_stream: dict[int, Tensor] = {}
 
-    def of(self, place: _Place, count: int) -> Tensor:
+    def of(self, place: Place, count: int) -> Tensor:
         if place.capturing:
             return self._take(count)
         held = self._of_stream.get(place.stream)

@@ -19,6 +19,7 @@ from sparsebert.ops import layouts, low_rank, low_rank_sparse, reference, select
 from sparsebert.ops.activations import activate
 from sparsebert.ops.devices import describe
 from sparsebert.ops.layouts import COMPUTE, NEUTRAL, Held, Layout
+from sparsebert.ops.low_rank import PADDED, RANK_MULTIPLE, padded_rank
 from sparsebert.ops.select import Candidate, Problem
 from sparsebert.ops.specs import LowRankSparseSpec, LowRankSpec
 from sparsebert.ops.triton.configurations import around, columns, fitting, power_of_two, shared_bytes
@@ -28,10 +29,8 @@ from sparsebert.ops.triton.support import refusal, rows_of
 if TYPE_CHECKING:
     from sparsebert.kernels.low_rank_sparse_linear import Config
 
-PADDED = "padded"
 # Of a low-rank weight plus whole rows: the rows and the features without one, each in a block of its own.
 GROUPED = "grouped"
-_RANK_MULTIPLE = 16
 # Of the ranks that t is computed for inside the kernel, in x's dtype: their sums take registers beside those of y.
 _MOST_INSIDE_BYTES = 256
 
@@ -121,12 +120,8 @@ def _run(x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem,
 # The layouts
 
 
-def _padded_rank(spec: LowRankSpec | LowRankSparseSpec) -> int:
-    return -(-spec.rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
-
-
 def _pad(u: Tensor, v: Tensor, spec: LowRankSpec | LowRankSparseSpec) -> list[Tensor]:
-    if not (more := _padded_rank(spec) - spec.rank):
+    if not (more := padded_rank(spec.rank) - spec.rank):
         return [u, v]
     return [F.pad(u, (0, more)), F.pad(v.unflatten(0, (spec.parts, spec.rank)), (0, 0, 0, more)).flatten(0, 1)]
 
@@ -139,14 +134,14 @@ def _unpad(u: Tensor, v: Tensor, spec: LowRankSpec | LowRankSparseSpec) -> list[
 
 
 def _factors(spec: LowRankSpec | LowRankSparseSpec) -> dict[str, Held]:
-    return low_rank.factors(spec, _padded_rank(spec))
+    return low_rank.factors(spec, padded_rank(spec.rank))
 
 
 def _padded_refusal(spec: LowRankSpec | LowRankSparseSpec, dtype: torch.dtype, device: torch.device) -> str | None:
     if getattr(spec, "sparse", None) == "rows":
         return f"needs a sparse part of nm or bitmap, not rows, which the layout {GROUPED!r} is for"
-    if not spec.rank % _RANK_MULTIPLE:
-        return f"is the neutral layout of a rank that is a multiple of {_RANK_MULTIPLE}"
+    if not spec.rank % RANK_MULTIPLE:
+        return f"is the neutral layout of a rank that is a multiple of {RANK_MULTIPLE}"
     return refusal(Problem(PADDED, describe(device), dtype, spec, 1, "none"))
 
 

@@ -8,6 +8,9 @@
 
 namespace sparsebert {
 
+constexpr bool ON_HOPPER = true;
+inline void stop_kernel() {}
+
 using simt::TensorMap;
 
 struct alignas(8) Barrier {

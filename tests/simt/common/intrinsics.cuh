@@ -148,6 +148,19 @@ inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
     const simt::MatrixRow arguments{fragment, row};
     simt::Machine::running->meet(simt::load_matrices, &arguments);
 }
+inline void load_matrices_transposed(uint32_t (&fragment)[4], const void* row) {
+    const simt::MatrixRow arguments{fragment, row};
+    simt::Machine::running->meet(simt::load_matrices_transposed, &arguments);
+}
+
+template <typename T>
+T shuffle_xor(T value, int bits) {
+    static_assert(sizeof(T) == 4, "one register");
+    T other{};
+    const simt::Shuffle arguments{&value, &other, bits};
+    simt::Machine::running->meet(simt::shuffle_xor, &arguments);
+    return other;
+}
 
 template <typename T, int SELECTOR>
 void multiply_sparse(float (&d)[4], const Words4& a, const uint32_t (&b)[4], uint32_t metadata) {

@@ -1,0 +1,3 @@
+#include <wgmma/layer_norm_launch.cuh>
+
+template void sparsebert::wgmma::launch_layer_norm_as<sparsebert::Element::bfloat16>(const NormCall&);

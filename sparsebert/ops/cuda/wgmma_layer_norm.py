@@ -1,0 +1,99 @@
+"""The wgmma kernel that adds a residual and normalizes in its epilogue (``csrc/wgmma/layer_norm.cuh``): one call.
+
+No op runs it yet, and no GPU has.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsebert.ops.cuda import calls, extension
+from sparsebert.ops.cuda.calls import address
+from sparsebert.ops.cuda.wgmma import DENSE, NM24, copyable, whole
+
+# Of features: a block of a cluster has so many of each row, and a cluster eight blocks at most.
+MULTIPLE, MOST = 128, 1024
+
+
+def linear_add_layer_norm(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    *,
+    t: Tensor | None = None,
+    u: Tensor | None = None,
+    alpha: float = 1.0,
+    x_scale: Tensor | None = None,
+    scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: bool = False,
+    input_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y = LayerNorm(alpha (x Wᵀ + t uᵀ) + b + residual), ``(tokens, out)`` in ``dtype`` (that of x), by ``gamma``,
+    ``beta (out)`` and ``eps``; where ``quantize`` is set also ``q int8 (tokens, out)`` and ``scale fp32 (tokens)`` of
+    y as it is stored, by ``input_scale fp32 ()`` if given: ``formats.int8`` to the bit. What is normalized is not
+    rounded before.
+
+    ``x``, ``values``, ``positions``, ``t``, ``u``, ``x_scale`` and ``scales`` as in ``wgmma.linear``, with t in one
+    part; ``residual (tokens, out)`` in ``dtype``, fp16 or bf16. out is a multiple of 128 up to 1024. A row that is not
+    finite before it is normalized is NaN in y. ``ValueError`` where something does not fit.
+
+    On the current stream of x's device; may be captured in a CUDA graph.
+    """
+    tokens, in_features = x.shape
+    out_features = len(values)
+    y = x.new_empty((tokens, out_features), dtype=dtype or x.dtype)
+    q = x.new_empty((tokens, out_features), dtype=torch.int8) if quantize else None
+    q_scale = x.new_empty(tokens, dtype=torch.float32) if quantize else None
+    if not tokens:
+        return y, q, q_scale
+    # Copies live until the call is launched; after that the stream's order keeps them.
+    x, values, bias = copyable(x), whole(values), None if bias is None else bias.contiguous()
+    positions, t, u, residual = (None if one is None else whole(one) for one in (positions, t, u, residual))
+    gamma, beta = _parameter(gamma), _parameter(beta)
+    place = calls.place_of(x)
+    extension.load().wgmma_layer_norm(
+        element=calls.ELEMENTS[x.dtype],
+        pattern=DENSE if positions is None else NM24,
+        tokens=tokens,
+        in_features=in_features,
+        out_features=out_features,
+        rank=0 if u is None else u.shape[1],
+        x=x.data_ptr(),
+        # A single row is followed by none.
+        x_stride=x.stride(0) if tokens > 1 else in_features,
+        values=values.data_ptr(),
+        positions=address(positions),
+        t=address(t),
+        u=address(u),
+        bias=address(bias),
+        bias_number=calls.NUMBERS[torch.float32 if bias is None else bias.dtype],
+        residual=address(residual),
+        x_scale=address(x_scale),
+        scale=address(scales),
+        gamma=gamma.data_ptr(),
+        gamma_number=calls.NUMBERS[gamma.dtype],
+        beta=beta.data_ptr(),
+        beta_number=calls.NUMBERS[beta.dtype],
+        eps=eps,
+        y=y.data_ptr(),
+        y_number=calls.NUMBERS[y.dtype],
+        q=address(q),
+        q_scale=address(q_scale),
+        input_scale=address(input_scale),
+        alpha=alpha,
+        device=place.device,
+        stream=place.stream,
+    )
+    return y, q, q_scale
+
+
+def _parameter(tensor: Tensor) -> Tensor:
+    """In a type that the kernel reads: all floats but float64."""
+    return (tensor.float() if tensor.dtype == torch.float64 else tensor).contiguous()
