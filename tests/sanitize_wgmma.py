@@ -4,7 +4,8 @@
 
 A case is a tile, a type of x, a pattern, and a block by itself or two of a cluster, that share tokens or divide the
 inputs; also with rows of y that do not begin at multiples of 16 bytes, of 2:4 floats with a low-rank part, of int8 with
-an int8 result. Results are compared on the host, so that the tools see next to nothing but these kernels. ``--list``
+an int8 result. Of the kernel that normalizes a case is a number of features, a type of x, a pattern, and whether rows
+are quantized. Results are compared on the host, so that the tools see next to nothing but these kernels. ``--list``
 names the cases and needs no GPU. Exit status: 0, 1 where a result is wrong, 2 where nothing can run.
 """
 
@@ -18,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 
 from sanitize_cuda import DTYPES, integers
-from sparsebert.formats import nm
+from sparsebert.formats import int8, nm
 from sparsebert.ops.cuda import extension, wgmma
 from sparsebert.ops.cuda.wgmma import Config
+from sparsebert.ops.cuda.wgmma_layer_norm import linear_add_layer_norm
 from sparsebert.ops.devices import describe
 from sparsebert.ops.select import Problem
 from sparsebert.ops.specs import NMSpec
@@ -100,6 +102,60 @@ def run(case: Case, device: torch.device) -> bool:
     return torch.equal(y.cpu(), exact.to(y.dtype))
 
 
+class NormCase(NamedTuple):
+    """``quantized``: not, by ``dynamic`` scales or by a ``static`` one."""
+
+    features: int
+    dtype: torch.dtype
+    pattern: str
+    quantized: str = ""
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"layer norm of {self.features} {dtype} {self.pattern} {self.quantized}".rstrip()
+
+
+def norm_cases() -> Iterator[NormCase]:
+    """Clusters of three blocks, which each load all tokens, and of four, which load them together."""
+    for features in (384, 512):
+        for dtype in DTYPES:
+            for pattern in PATTERNS:
+                for quantized in ("", "dynamic", "static"):
+                    yield NormCase(features, dtype, pattern, quantized)
+
+
+def run_norm(case: NormCase, device: torch.device) -> bool:
+    """Whether y is right but for its rounding, and its rows as int8 are those of what was written."""
+    generator = torch.Generator().manual_seed(0)
+    # A second tile of tokens, which is cut; stages that are used again.
+    tokens, in_features = 65, 9 * 128 // case.dtype.itemsize + 32
+    dense = integers(generator, torch.float32, case.features, in_features)
+    dense = (nm.project(dense, 2, 4) if case.pattern == "2:4" else dense).to(case.dtype)
+    values, positions = nm.pack(dense, 2, 4) if case.pattern == "2:4" else (dense, None)
+    x, bias = integers(generator, case.dtype, tokens, in_features), integers(generator, torch.float32, case.features)
+    y_dtype = torch.float16 if case.dtype == torch.int8 else case.dtype
+    residual = integers(generator, y_dtype, tokens, case.features)
+    gamma, beta = (torch.rand(case.features, generator=generator) for _ in range(2))
+    options: dict[str, Any] = {"quantize": bool(case.quantized)}
+    if case.quantized == "static":
+        options["input_scale"] = torch.tensor(0.02, device=device)
+    if case.dtype == torch.int8:
+        ones = torch.ones(max(tokens, case.features), device=device)
+        options |= {"x_scale": ones[:tokens], "scales": ones[: case.features], "dtype": y_dtype}
+    z = x.double() @ dense.double().t() + bias.double() + residual.double()
+    exact = torch.nn.functional.layer_norm(z, z.shape[-1:], gamma.double(), beta.double(), 1e-12)
+    tensors = (x, values, positions, bias, residual, gamma, beta)
+    moved = (None if tensor is None else tensor.to(device) for tensor in tensors)
+    y, q, scale = (None if one is None else one.cpu() for one in linear_add_layer_norm(*moved, 1e-12, **options))
+    error = (y.double() - exact).abs().max()
+    if not error <= torch.finfo(y_dtype).eps * exact.abs().max():
+        return False
+    if not case.quantized:
+        return q is None
+    expected = int8.quantize_rows(y, torch.tensor(0.02) if case.quantized == "static" else None)
+    return torch.equal(q, expected[0]) and torch.equal(scale, expected[1])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="only name the cases")
@@ -112,11 +168,12 @@ def main() -> int:
     if reason:
         print(f"sanitize_wgmma: {reason}", file=sys.stderr)
         return 2
-    every = list(cases())
+    every: list[Case | NormCase] = [*cases(), *norm_cases()]
     wrong = 0
     for case in every:
-        result = "listed" if options.list else "right" if run(case, device) else "WRONG"
-        wrong += result == "WRONG"
+        right = options.list or (run if isinstance(case, Case) else run_norm)(case, device)
+        result = "listed" if options.list else "right" if right else "WRONG"
+        wrong += not right
         print(f"{case}: {result}", flush=True)
     print(f"{len(every)} cases, {'listed' if options.list else f'{wrong} wrong'}")
     return 1 if wrong else 0

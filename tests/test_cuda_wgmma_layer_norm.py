@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sanitize_wgmma
 import simt_build
 from cuda_build import compile_for_hopper, expect, find_cuobjdump, read_log, sass
 from sparsebert.formats import int8, nm
@@ -130,6 +131,14 @@ def test_numbers(machine, dtype, pattern, features):
             assert q is None and s is None
         if i == 0:
             assert torch.equal(problem.run()[0], y)
+
+
+def test_what_compute_sanitizer_looks_at():
+    """The same program that runs on a GPU: every kernel, with every kind of rows."""
+    found = list(sanitize_wgmma.norm_cases())
+    assert len({(case.dtype, case.pattern, case.quantized) for case in found}) == 3 * 2 * 3
+    some = [case for case in found if case.features == 384]
+    assert [str(case) for case in some if not sanitize_wgmma.run_norm(case, torch.device("cpu"))] == []
 
 
 @pytest.mark.parametrize("features", [128, 256, 640, 896])

@@ -16,10 +16,19 @@ import sanitize_wgmma
 import sparsebert as sb
 from closeness import check
 from sparsebert.formats import int8, mma_sp, nm
-from sparsebert.ops import int8_linear, int8_linear_from_int8, int8_linear_to_int8, layouts, nm_linear, select
+from sparsebert.ops import (
+    add_layer_norm,
+    int8_linear,
+    int8_linear_from_int8,
+    int8_linear_to_int8,
+    layouts,
+    nm_linear,
+    select,
+)
 from sparsebert.ops.activations import ACTIVATIONS
 from sparsebert.ops.cuda import extension, nm24
 from sparsebert.ops.cuda.mma_sp import MMA_SP
+from sparsebert.ops.cuda.wgmma_layer_norm import linear_add_layer_norm
 from sparsebert.ops.devices import describe
 from sparsebert.ops.specs import DenseSpec, Int8Spec, LowRankSparseSpec, NMSpec
 
@@ -612,6 +621,31 @@ def int8_held(size, pattern, layout, activations="dynamic"):
 def test_every_wgmma_kernel():
     """What compute-sanitizer looks at, without it."""
     assert [str(case) for case in sanitize_wgmma.cases() if not sanitize_wgmma.run(case, DEVICE)] == []
+    assert [str(case) for case in sanitize_wgmma.norm_cases() if not sanitize_wgmma.run_norm(case, DEVICE)] == []
+
+
+@on_hopper
+@pytest.mark.parametrize("tokens", [1, 64, 1000, 20_000])
+@pytest.mark.parametrize(("features", "in_features"), [(384, 1536), (768, 768), (768, 3072), (1024, 4096)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_wgmma_with_layer_norm_against_float64(dtype, features, in_features, tokens):
+    """In one launch, a cluster with one tile of tokens or several; and the same bits again."""
+    dense = (nm.project(torch.randn(features, in_features), 2, 4) / in_features**0.5).to(DEVICE, dtype)
+    x, bias = x_of(tokens, in_features, dtype), torch.randn(features, device=DEVICE, dtype=dtype)
+    residual = x_of(tokens, features, dtype)
+    gamma, beta = torch.rand(features).to(DEVICE), torch.rand(features).to(DEVICE)
+    z = F.linear(x.double(), dense.double(), bias.double()) + residual.double()
+    exact = F.layer_norm(z, z.shape[-1:], gamma.double(), beta.double(), 1e-12)
+
+    def run():
+        return linear_add_layer_norm(x, *nm.pack(dense, 2, 4), bias, residual, gamma, beta, 1e-12, quantize=True)
+
+    y, q, scale = run()
+    theirs = add_layer_norm(F.linear(x, dense, bias), residual, gamma, beta, 1e-12)
+    assert (y.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
+    expected = int8.quantize_rows(y)
+    assert torch.equal(q, expected[0]) and torch.equal(scale, expected[1])
+    assert all(torch.equal(one, other) for one, other in zip(run(), (y, q, scale), strict=True))
 
 
 @on_hopper
