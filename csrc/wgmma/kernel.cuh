@@ -21,14 +21,15 @@ class Linear : Results<ELEMENT, PATTERN, TILE> {
     SB_DEVICE Linear(const Arguments& arguments, const Maps& tensor_maps) : Loop(arguments, tensor_maps) {}
 
     SB_DEVICE void run() {
-        Loop::run([this](Sums& sums, int token, int feature) {
+        const auto finish_tile = [this](Sums& sums, int token, int feature) {
             if constexpr (tile.splits()) {
                 if (args.splits > 1) return exchange(sums, token, feature);
             }
 #pragma unroll
             for (int block = 0; block < tile.blocks; ++block)
                 finish(sums[block], token, feature + block * BLOCK_FEATURES);
-        });
+        };
+        Loop::run([] {}, finish_tile);
     }
 
   private:

@@ -52,10 +52,12 @@ class LinearLayerNorm : Results<ELEMENT, PATTERN, NORM_TILE> {
                 init_barrier(arrived + consumer, 1);
                 fence_barrier_init();
             }
+        }
+        const auto begin = [this] {
             wait_for_previous_kernels();
             fetch();
-        }
-        Loop::run([this](Sums& sums, int token, int) { finish(sums[0], token); });
+        };
+        Loop::run(begin, [this](Sums& sums, int token, int) { finish(sums[0], token); });
     }
 
   private:

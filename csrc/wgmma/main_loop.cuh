@@ -116,10 +116,10 @@ class MainLoop {
         stages = x_stages + (TAIL && split == args.splits - 1 ? ceil_div(args.rank, TAIL_RANKS) : 0);
     }
 
-    // All that the block has to do; `finish(sums, token, feature)` is called by the warpgroups that multiply for each tile,
-    // with the first token and the first feature of this warpgroup.
-    template <typename Finish>
-    SB_DEVICE void run(const Finish& finish) {
+    // All that the block has to do. The warpgroups that multiply call `begin()` before the first tile, and for each tile
+    // `finish(sums, token, feature)` with the first token and the first feature of this warpgroup.
+    template <typename Begin, typename Finish>
+    SB_DEVICE void run(const Begin& begin, const Finish& finish) {
         if (thread == 0) {
             for (int stage = 0; stage < STAGES; ++stage) {
                 init_barrier(full + stage, 1);
@@ -140,6 +140,7 @@ class MainLoop {
             if (args.splits > 1) meet_cluster();
         } else {
             take_registers<CONSUMER_REGISTERS>();
+            begin();
             multiply_all(finish);
         }
         // Others may still read this block's shared memory, or arrive at its barriers.
