@@ -77,13 +77,14 @@ class Linear : Results<ELEMENT, PATTERN, TILE> {
     SB_DEVICE void finish(Sum (&sums)[tile.tokens / 2], int token, int feature) const {
         if (feature >= args.out_features) return;
         if (size_of(args.y_number) == 2) {
-            store_halves(sums, token, feature);
+            this->by_activation([&](auto activation) { store_halves<activation.value>(sums, token, feature); });
         } else if constexpr (INTEGER) {
             store_numbers(sums, token, feature);
         }
     }
 
     // y in 16 bits.
+    template <Activation ACTIVATION>
     SB_DEVICE void store_halves(Sum (&sums)[tile.tokens / 2], int token, int feature) const {
         const int first_feature = feature + 16 * warp + lane / 4;
         const Row rows[2] = {this->row_of(first_feature), this->row_of(first_feature + 8)};
@@ -97,7 +98,8 @@ class Linear : Results<ELEMENT, PATTERN, TILE> {
                 const float x_scales[2] = {this->x_scale_of(own_token), this->x_scale_of(own_token + 1)};
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const float value = this->result(sums[column / 2 + i], x_scales[i % 2], rows[i / 2]);
+                    const float sum = this->before_activation(sums[column / 2 + i], x_scales[i % 2], rows[i / 2]);
+                    const float value = activate(sum, ACTIVATION);
                     numbers[i] = args.residual ? value + numbers[i] : value;
                 }
             });
@@ -136,7 +138,7 @@ class Linear : Results<ELEMENT, PATTERN, TILE> {
     SB_DEVICE void store_number(Sum sum, const Row& row, int token, int feature) const {
         if (feature >= args.out_features || token >= args.tokens) return;
         const float x_scale = this->x_scale_of(token);
-        const float value = this->result(sum, x_scale, row);
+        const float value = activate(this->before_activation(sum, x_scale, row), args.activation);
         const int64_t index = this->index_of(token, feature);
         if (size_of(args.y_number) == 2) {
             const auto* const residual = static_cast<const uint16_t*>(args.residual);

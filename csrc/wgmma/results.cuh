@@ -38,8 +38,20 @@ class Results : protected MainLoop<ELEMENT, PATTERN, TILE> {
         return INTEGER ? add_rn(multiply_rn(multiply_rn(number, x_scale), row.scale), row.bias)
                        : row.scale * number + row.bias;
     }
-    SB_DEVICE float result(Sum sum, float x_scale, const Row& row) const {
-        return activate(before_activation(sum, x_scale, row), args.activation);
+    // With the activation as a constant: a switch at each number of a loop that is written out would be executed in pieces all
+    // over its code, which no instruction cache holds.
+    template <typename Do>
+    SB_DEVICE void by_activation(const Do& act) const {
+        switch (args.activation) {
+            case Activation::gelu:
+                return act(std::integral_constant<Activation, Activation::gelu>{});
+            case Activation::gelu_tanh:
+                return act(std::integral_constant<Activation, Activation::gelu_tanh>{});
+            case Activation::relu:
+                return act(std::integral_constant<Activation, Activation::relu>{});
+            default:
+                return act(std::integral_constant<Activation, Activation::none>{});
+        }
     }
     SB_DEVICE int64_t index_of(int token, int feature) const {
         return static_cast<int64_t>(token) * args.out_features + feature;
