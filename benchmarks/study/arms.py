@@ -279,6 +279,21 @@ _ARMS = (
         projected=True,
     ),
     Arm(
+        "admm-strong",
+        "ADMM with thirty times the penalty, whose default is for thousands of steps",
+        (Part("admm", _groups, {"rho": 3.0}),),
+        tuned_as="admm",
+        baseline="admm",
+    ),
+    Arm(
+        "admm-strong-pull",
+        "its first phase alone, then its projection",
+        (Part("admm", _groups, {"rho": 3.0, "admm": 1.0}),),
+        tuned_as="admm",
+        baseline="admm-pull",
+        projected=True,
+    ),
+    Arm(
         "admm-early",
         "ADMM in a fifth of the steps, which leaves more of them to the frozen mask",
         (Part("admm", _groups, {"admm": 0.2}),),
