@@ -7,11 +7,6 @@ namespace sparsebert::wgmma {
 namespace {
 
 constexpr Checker expect("wgmma_linear");
-// Of a size, and of tiles with their splits: the kernel counts in int.
-constexpr int64_t MOST = int64_t{1} << 30;
-// Rows of what copies of tiles move begin at multiples of these, and lie no further apart than this many.
-constexpr int64_t ROW_BYTES = 16;
-constexpr int64_t MOST_ROW_BYTES = (int64_t{1} << 40) - 1;
 
 }  // namespace
 

@@ -5,6 +5,12 @@
 
 namespace sparsebert::wgmma {
 
+// Of a size, and of tiles with their splits: the kernels count in int.
+constexpr int64_t MOST = int64_t{1} << 30;
+// Rows of what copies of tiles move begin at multiples of these, and lie no further apart than this many.
+constexpr int64_t ROW_BYTES = 16;
+constexpr int64_t MOST_ROW_BYTES = (int64_t{1} << 40) - 1;
+
 // Addresses in device memory; 0 for what is not there. See `Arguments` in kernel.cuh for shapes.
 struct Call {
     Problem problem;

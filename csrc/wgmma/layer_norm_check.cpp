@@ -6,10 +6,6 @@ namespace sparsebert::wgmma {
 namespace {
 
 constexpr Checker expect("wgmma_layer_norm");
-// As in check.cpp: the kernel counts in int, and copies of tiles move whole chunks.
-constexpr int64_t MOST = int64_t{1} << 30;
-constexpr int64_t ROW_BYTES = 16;
-constexpr int64_t MOST_ROW_BYTES = (int64_t{1} << 40) - 1;
 
 }  // namespace
 
