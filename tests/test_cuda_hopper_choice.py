@@ -361,23 +361,3 @@ def test_tune_of_a_forced_backend_measures_it_in_every_layout(quick):
     with sb.backend("cuda"):
         report = tuning.tune(model, tokens=[4], budget_s=0.01)
     assert set(report.rows[0].kernels.values()) == {"cuda: quick"} and set(quick) == {"neutral", "dense"}
-
-
-# Break-even
-
-
-@pytest.mark.parametrize(
-    ("quicker", "tokens"),
-    [
-        (lambda tokens: tokens >= 512, 512),
-        (lambda tokens: True, 64),
-        (lambda tokens: False, None),
-        (lambda tokens: tokens == 65536, 65536),
-        # What it loses in between counts.
-        (lambda tokens: tokens <= 128 or tokens >= 4096, 4096),
-        (lambda tokens: tokens <= 4096, None),
-    ],
-)
-def test_the_estimated_break_even(c, quicker, tokens):
-    c.clocks = lambda pattern, count: 100.0 if not pattern or not quicker(count) else 99.0
-    assert wgmma.break_even(NM, torch.float16, H200) == tokens

@@ -556,8 +556,6 @@ def test_what_is_estimated():
     problem = select.Problem("neutral", H200, torch.float16, NMSpec(2, 4, 768, 3072), 16384, "none")
     ratio = wgmma.estimated_ratio(problem)
     assert 0.4 < ratio < 1 and f"yet: estimated at {ratio:.2f} of the dense kernel's time" in wgmma.waits(problem)
-    found = wgmma.break_even(problem.spec, torch.float16, H200)
-    assert found in wgmma.BUCKETS and wgmma.estimated_ratio(problem._replace(tokens=found)) < 1
 
 
 # Modules

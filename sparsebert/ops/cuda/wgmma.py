@@ -15,11 +15,10 @@ from torch import Tensor
 
 from sparsebert.ops.cuda import calls, extension
 from sparsebert.ops.cuda.calls import address
-from sparsebert.ops.devices import Device
 from sparsebert.ops.layouts import NEUTRAL
 from sparsebert.ops.low_rank import PADDED, padded_rank
 from sparsebert.ops.select import Problem
-from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec, Spec
+from sparsebert.ops.specs import Int8Spec, LowRankSparseSpec
 
 # `Pattern` of csrc/wgmma/problem.h.
 DENSE, NM24 = 0, 1
@@ -31,8 +30,6 @@ ROW_BYTES = 16
 AS_STORED = (NEUTRAL, PADDED)
 # Of features: a tile has those of one part of the factors, and the smallest has so many.
 PART_MULTIPLE = 128
-# Counts of tokens that a break-even is looked for at.
-BUCKETS = tuple(1 << power for power in range(6, 17))
 
 
 class Config(NamedTuple):
@@ -133,17 +130,6 @@ def estimated_ratio(problem: Problem) -> float:
     """Clocks of the best solution at 2:4, factors included, over those of the best for the dense weight: an estimate
     from sizes, no measurement."""
     return _solutions(problem)[0][1] / _solutions(problem, dense=True)[0][1]
-
-
-def break_even(spec: Spec, dtype: torch.dtype, device: Device) -> int | None:
-    """From how many tokens on, a power of two of 64 to 65536, a 2:4 weight of ``spec`` is *estimated* to take less time
-    than its dense twin; None where it is not at the most."""
-    found = None
-    for tokens in reversed(BUCKETS):
-        if estimated_ratio(Problem(NEUTRAL, device, dtype, spec, tokens, "none")) >= 1:
-            break
-        found = tokens
-    return found
 
 
 def _solutions(problem: Problem, *, dense: bool = False) -> tuple[tuple[Config, float], ...]:
