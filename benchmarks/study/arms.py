@@ -294,6 +294,21 @@ _ARMS = (
         projected=True,
     ),
     Arm(
+        "admm-decoupled",
+        "ADMM whose pull is a step of its own, which Adam does not bound to the learning rate",
+        (Part("admm", _groups, {"decoupled": True, "rho": 1.0}),),
+        tuned_as="admm",
+        baseline="admm",
+    ),
+    Arm(
+        "admm-decoupled-pull",
+        "its first phase alone, then its projection",
+        (Part("admm", _groups, {"decoupled": True, "rho": 1.0, "admm": 1.0}),),
+        tuned_as="admm",
+        baseline="admm-pull",
+        projected=True,
+    ),
+    Arm(
         "admm-early",
         "ADMM in a fifth of the steps, which leaves more of them to the frozen mask",
         (Part("admm", _groups, {"admm": 0.2}),),
