@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sparsebert.nn import PackedLinear
-from sparsebert.ops import layout_choice, layouts, select
+from sparsebert.nn.fused_encoder_layer import held_by, normalized
+from sparsebert.ops import layout_choice, layouts, linear_layer_norm, measurements, select
 from sparsebert.ops.devices import describe
 from sparsebert.roles import find_layers
 
@@ -123,9 +124,13 @@ class LayerExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
+    """``layers``: those that are packed. ``normalized``: those of a fused encoder that a normalization follows, packed
+    or dense, with it; one kernel for both takes the place of the layer's own."""
+
     device: str
     tokens: int
     layers: tuple[LayerExplanation, ...]
+    normalized: tuple[LayerExplanation, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,7 +138,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"on {self.device}, at {self.tokens} tokens"]
         groups: dict[tuple[str, ...], list[str]] = {}
-        for layer in self.layers:
+        for layer in (*self.layers, *self.normalized):
             key = (layer.config, layer.layout, layer.kernel, layer.basis, *layer.refused)
             groups.setdefault(key, []).append(layer.path)
         for (config, layout, kernel, basis, *refused), paths in groups.items():
@@ -171,6 +176,7 @@ def size_report(model: nn.Module) -> SizeReport:
 
 def explain(model: nn.Module, *, tokens: int = 128) -> Explanation:
     """For each packed layer its layout, the kernel that runs it, what was refused and why, and what that rests on.
+    Likewise, where the encoder is fused, for each linear with the normalization after it: one kernel or two.
 
     ``tokens`` is the number of rows of x (batch times length). ``ValueError`` where nothing in ``model`` is packed.
     """
@@ -201,7 +207,32 @@ def explain(model: nn.Module, *, tokens: int = 128) -> Explanation:
                 basis,
             )
         )
-    return Explanation(describe(device).name, tokens, tuple(layers))
+    return Explanation(describe(device).name, tokens, tuple(layers), _with_normalization(model, tokens))
+
+
+@torch.no_grad()
+def _with_normalization(model: nn.Module, tokens: int) -> tuple[LayerExplanation, ...]:
+    found = []
+    for layer in normalized(model):
+        parameter, weight = layer.norm.weight, held_by(layer.linear)
+        if weight is None:
+            continue
+        problem = linear_layer_norm.problem_of(weight.spec, weight.layout, parameter, quantize=layer.quantize)
+        problem = problem._replace(tokens=tokens)
+        solution = select.fused(problem)
+        row = measurements.of(problem.spec, problem.layout, problem.dtype, problem.device, tokens)
+        found.append(
+            LayerExplanation(
+                layer.path,
+                None,
+                f"{problem.spec.label} with LayerNorm",
+                problem.layout,
+                "two kernels" if solution is None else f"{solution.backend} ({solution.description})",
+                tuple(f"{c.backend}: {reason}" for c, reason in select.reasons(problem) if reason),
+                "not measured here" if row is None else f"{row.source} at {row.tokens} tokens",
+            )
+        )
+    return tuple(found)
 
 
 def packed_layers(model: nn.Module) -> list[tuple[str, PackedLinear]]:

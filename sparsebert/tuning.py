@@ -12,23 +12,28 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sparsebert import ops
 from sparsebert.bench.timing import Timing, l2_bytes, measure_together, rotation_count
-from sparsebert.nn import PackedLinear
-from sparsebert.ops import layouts, measurements, select
+from sparsebert.nn import Int8Linear, PackedLinear
+from sparsebert.nn.fused_encoder_layer import Normalized, Weight, held_by, normalized
+from sparsebert.ops import layouts, linear_layer_norm, measurements, select
 from sparsebert.ops.devices import describe
+from sparsebert.ops.linear_layer_norm import APART, Call, run_apart, run_fused
 from sparsebert.ops.select import Solution
+from sparsebert.ops.specs import AddLayerNormSpec
 from sparsebert.report import packed_layers, table
 
 Progress = Callable[[int, int, str], None]
 # The same call on each copy of a weight.
-Calls = Sequence[Callable[[], Tensor]]
+Calls = Sequence[Callable[[], Any]]
 K = TypeVar("K")
 
 
 @dataclass(frozen=True)
 class TunedLayer:
     """One distinct layer shape at one token count: by layout the median microseconds a call (bias included), and the
-    kernel they are of."""
+    kernel they are of. Of a fused encoder's linear with the normalization after it, ``op`` is that of both, and the
+    times are those of two kernels, ``apart``, and of one, ``fused``."""
 
     op: str
     out_features: int
@@ -118,7 +123,9 @@ def tune(
                 {name: f"{m.solution.backend}: {m.solution.description}" for name, m in found.items()},
             )
         )
-        rows += [_row(module, name, count, measured) for name, measured in found.items()]
+        for name, (solution, timing) in found.items():
+            problem = module.problem(count)._replace(layout=name)
+            rows.append(_row(problem, count, module.device, timing, solution.backend, solution.configuration))
     file = measurements.record(rows)
     held, reasons = {}, {}
     for path, module in layers:
@@ -126,6 +133,11 @@ def tune(
         fastest = measurements.fastest_layout(module.spec, module.dtype, module.device)
         held[path] = module.layout
         reasons[path] = fastest.reason if fastest else "not measured here"
+    done, report = len(jobs), progress or (lambda *_: None)
+    fused = _compare_fused(model, counts, budget_s, lambda i, total, text: report(done + i, done + total, text))
+    if fused:
+        measurements.record([row for _, row in fused])
+        results += [layer for layer, _ in fused]
     return TuneReport(describe(layers[0][1].device).name, mode, tuple(results), held, reasons, str(file))
 
 
@@ -158,7 +170,8 @@ def _compare(module: PackedLinear, tokens: int, budget_s: float) -> dict[str, _M
                     partial(solution.run, x, weight, module.bias, problem) for weight in copies
                 ]
                 for solution in select.solutions(candidate, problem)
-                if candidate.waits is None or _agrees(solution, expected, x, copies[0], module.bias, problem)
+                if candidate.waits is None
+                or _is_right(solution.run(x, copies[0], module.bias, problem), expected, solution, problem)
             }
             if not found:
                 continue
@@ -173,6 +186,76 @@ def _compare(module: PackedLinear, tokens: int, budget_s: float) -> dict[str, _M
     return measured
 
 
+def _compare_fused(
+    model: nn.Module, counts: Sequence[int], budget_s: float, progress: Callable[[int, int, str], None]
+) -> list[tuple[TunedLayer, measurements.Row]]:
+    """At each count each distinct linear layer that one kernel could run with the normalization after it: by that
+    kernel, and by two. ``progress(done, total, text)`` counts these alone."""
+    distinct: dict[Any, tuple[Normalized, Weight]] = {}
+    for layer in normalized(model):
+        parameter, weight = layer.norm.weight, held_by(layer.linear)
+        if weight is not None and linear_layer_norm.fusable(
+            weight.spec, weight.layout, parameter, quantize=layer.quantize
+        ):
+            spec = AddLayerNormSpec(weight.spec, layer.quantize)
+            distinct[spec.op, spec, weight.layout, parameter.dtype, parameter.device] = layer, weight
+    jobs = [(*job, count) for job in distinct.values() for count in counts]
+    found = []
+    for done, (layer, weight, count) in enumerate(jobs):
+        progress(
+            done, len(jobs), f"{weight.spec.out_features} x {weight.spec.in_features} and LayerNorm, {count} tokens"
+        )
+        if (measured := _fused_and_apart(layer, weight, count, budget_s)) is not None:
+            found.append(measured)
+    return found
+
+
+def _fused_and_apart(
+    layer: Normalized, weight: Weight, tokens: int, budget_s: float
+) -> tuple[TunedLayer, measurements.Row] | None:
+    """None where no one kernel is right."""
+    parameter = layer.norm.weight
+    device, dtype = parameter.device, parameter.dtype
+    x, residual = (
+        torch.randn(tokens, count, device=device).to(dtype)
+        for count in (weight.spec.in_features, weight.spec.out_features)
+    )
+    given: tuple[Tensor, Tensor | None] = (x, None)
+    if isinstance(layer.linear, Int8Linear):
+        given = ops.quantize_rows(x, layer.linear.static_scale)
+    norm = (parameter, layer.norm.bias, layer.norm.eps)
+    calls = [
+        Call(*given, tensors, layer.linear.bias, residual, *norm, layer.scale)
+        for tensors in _copies(weight.tensors, device)
+    ]
+    problem = linear_layer_norm.problem_of(weight.spec, weight.layout, residual, quantize=layer.quantize)
+    expected = run_apart(calls[0], problem)[0]
+    # Two kernels have no solution of their own.
+    runs: dict[Solution | None, Calls] = {None: [partial(run_apart, call, problem) for call in calls]}
+    for candidate in linear_layer_norm.candidates(problem):
+        for solution in select.solutions(candidate, problem):
+            if _is_right(run_fused(solution, calls[0], problem)[0], expected, solution, problem):
+                measured = solution._replace(source="measured")
+                runs[measured] = [partial(run_fused, solution, call, problem) for call in calls]
+    if len(runs) == 1:
+        return None
+    timings = _measure(runs, device, budget_s)
+    apart = timings[None]
+    best = min((solution for solution in timings if solution is not None), key=lambda s: timings[s].median_us)
+    tuned = TunedLayer(
+        measurements.op_name(problem.spec),
+        problem.out_features,
+        problem.in_features,
+        str(dtype).removeprefix("torch."),
+        tokens,
+        {APART: apart.median_us, "fused": timings[best].median_us},
+        {APART: "two kernels", "fused": f"{best.backend}: {best.description}"},
+    )
+    if timings[best].median_us < apart.median_us:
+        return tuned, _row(problem, tokens, device, timings[best], best.backend, best.configuration)
+    return tuned, _row(problem, tokens, device, apart, APART, None)
+
+
 # Of the result's norm. What is wrong is wrong by a tenth and more; int8 rounds a few numbers the other way.
 _AGREEMENT = 0.02
 
@@ -182,11 +265,9 @@ def _reference(weight: list[Tensor], bias: Tensor | None, problem: select.Proble
     return candidate.run(x, weight, bias, problem)
 
 
-def _agrees(
-    solution: Solution, expected: Tensor, x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: select.Problem
-) -> bool:
-    """Whether a kernel computes what the reference does; else it is left out, with a warning."""
-    error = (solution.run(x, weight, bias, problem).float() - expected.float()).norm() / expected.float().norm()
+def _is_right(found: Tensor, expected: Tensor, solution: Solution, problem: select.Problem) -> bool:
+    """Whether a kernel computed what it should have; else it is left out, with a warning."""
+    error = (found.float() - expected.float()).norm() / expected.float().norm()
     if error <= _AGREEMENT:
         return True
     warnings.warn(
@@ -220,18 +301,19 @@ def _quickest(timings: Mapping[K, Timing]) -> K:
     return min(timings, key=lambda key: timings[key].median_us)
 
 
-def _row(module: PackedLinear, layout: str, tokens: int, measured: _Measured) -> measurements.Row:
-    solution, timing = measured
+def _row(
+    problem: select.Problem, tokens: int, device: torch.device, timing: Timing, backend: str, configuration: Any
+) -> measurements.Row:
     return measurements.make_row(
-        module.spec,
-        layout,
+        problem.spec,
+        problem.layout,
         tokens,
-        module.dtype,
-        module.device,
+        problem.dtype,
+        device,
         median_us=timing.median_us,
         mad_us=timing.mad_us,
-        backend=solution.backend,
-        configuration={} if solution.configuration is None else solution.configuration._asdict(),
+        backend=backend,
+        configuration={} if configuration is None else configuration._asdict(),
     )
 
 

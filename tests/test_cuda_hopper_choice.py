@@ -12,11 +12,12 @@ from torch import nn
 import sparsebert as sb
 from sparsebert import tuning
 from sparsebert.nn import PackedLinear
-from sparsebert.ops import devices, measurements, select
+from sparsebert.ops import devices, linear_layer_norm, measurements, select
 from sparsebert.ops.cuda import extension, wgmma
 from sparsebert.ops.cuda.wgmma import Config
 from sparsebert.ops.devices import Device
 from sparsebert.ops.specs import (
+    AddLayerNormSpec,
     BitmapSpec,
     DenseSpec,
     Int8Spec,
@@ -62,10 +63,10 @@ def c(monkeypatch, tmp_path):
     monkeypatch.setenv(measurements.ENVIRONMENT_VARIABLE, str(tmp_path))
     monkeypatch.setattr(extension, "load", lambda: found)
     monkeypatch.setattr(extension, "missing", lambda: None)
-    for cache in (extension._not_compiled_for, wgmma._of_sizes, select._choose):
+    for cache in (extension._not_compiled_for, wgmma._of_sizes, select._choose, select._fused):
         cache.cache_clear()
     yield found
-    for cache in (extension._not_compiled_for, wgmma._of_sizes, select._choose):
+    for cache in (extension._not_compiled_for, wgmma._of_sizes, select._choose, select._fused):
         cache.cache_clear()
 
 
@@ -277,6 +278,76 @@ def test_only_what_may_wait_is_asked(monkeypatch):
 
 
 # What a user is told
+
+
+# With the normalization after it
+
+WITH_NORM = AddLayerNormSpec(NM._replace(out_features=768), False)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"dtype": torch.bfloat16},
+        {"spec": AddLayerNormSpec(NMSpec(2, 4, 16, 128), True)},
+        {"layout": "dense", "spec": AddLayerNormSpec(BitmapSpec(1000, 768, 384), True)},
+        {"layout": "dense", "spec": AddLayerNormSpec(LowRankSpec(5, 768, 768, 3), False)},
+        {"spec": AddLayerNormSpec(DenseSpec(3072, 1024), False)},
+        {"spec": AddLayerNormSpec(FACTORS._replace(out_features=768), False)},
+        {"spec": AddLayerNormSpec(INT8_24._replace(out_features=768), True)},
+        {"layout": "unpacked", "spec": AddLayerNormSpec(Int8Spec("dynamic", 1, 4, 16, 768), True)},
+    ],
+    ids=str,
+)
+def test_where_it_runs_with_layer_norm(changed):
+    problem = BASE._replace(spec=WITH_NORM)._replace(**changed)
+    assert cuda(problem).supports(problem) is None
+    assert cuda(problem).waits(problem) == WAITS
+    # Unmeasured two kernels run.
+    assert select.fused(problem) is None
+    with sb.backend("cuda"):
+        assert select.fused(problem).candidate is cuda(problem)
+    with sb.backend("triton"):
+        assert select.fused(problem) is None
+    record(problem, "cuda")
+    assert select.fused(problem).candidate is cuda(problem)
+    assert select.fused(problem._replace(tokens=1000)) is None
+    record(problem, linear_layer_norm.APART)
+    assert select.fused(problem) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"device": Device("cpu")}, "needs a CUDA device, not cpu"),
+        ({"dtype": torch.float32}, "needs float16 or bfloat16, not float32"),
+        (
+            {"spec": AddLayerNormSpec(INT8, True), "dtype": torch.float32},
+            "needs out_features in multiples of 128 up to",
+        ),
+        (
+            {"spec": AddLayerNormSpec(INT8._replace(out_features=768), True), "dtype": torch.float32},
+            "needs float16 or bfloat16, not float32",
+        ),
+        ({"spec": AddLayerNormSpec(NM, False)}, "needs out_features in multiples of 128 up to 1024, not 3072"),
+        (
+            {"spec": AddLayerNormSpec(NM._replace(out_features=320), False)},
+            "needs out_features in multiples of 128 up to 1024, not 320",
+        ),
+        (
+            {"spec": AddLayerNormSpec(FACTORS._replace(out_features=768, parts=3), False)},
+            "needs factors in one part, not 3",
+        ),
+        ({"spec": AddLayerNormSpec(NMSpec(1, 4, 768, 768), False)}, "needs a 2:4 pattern, not 1:4"),
+    ],
+    ids=str,
+)
+def test_refusals_with_layer_norm_say_why(changed, text):
+    problem = BASE._replace(spec=WITH_NORM)._replace(**changed)
+    assert cuda(problem).supports(problem).startswith(text)
+    with sb.backend("cuda"):
+        assert select.fused(problem) is None and not linear_layer_norm.candidates(problem)
 
 
 @pytest.fixture

@@ -15,10 +15,13 @@ import sanitize_wgmma
 import simt_build
 from cuda_build import compile_for_hopper, expect, find_cuobjdump, read_log, sass
 from sparsebert.formats import int8, nm
-from sparsebert.ops import add_layer_norm
+from sparsebert.ops import add_layer_norm, layouts, quantize_rows, select
+from sparsebert.ops import int8 as int8_op
 from sparsebert.ops.cuda import calls, extension
 from sparsebert.ops.cuda.calls import Place
 from sparsebert.ops.cuda.wgmma_layer_norm import MOST, MULTIPLE, linear_add_layer_norm
+from sparsebert.ops.linear_layer_norm import Call, problem_of, run_apart
+from sparsebert.ops.specs import DenseSpec, Int8Spec, LowRankSparseSpec, NMSpec
 
 FLOATS = [torch.float16, torch.bfloat16]
 PATTERNS = ["dense", "2:4"]
@@ -278,6 +281,70 @@ def test_rows_of_equal_numbers(dtype):
         y, q, s = problem.run(quantize=True)
         assert torch.equal(y, problem.beta.to(dtype).expand(50, 768))
         check_rows(y, q, s)
+
+
+# As the op calls it
+
+
+# A weight in each layout that the kernel reads; a second stage that is cut.
+HELD = [
+    ("nm_linear", "neutral", NMSpec(2, 4, 80, 384)),
+    ("nm_linear", "dense", NMSpec(2, 4, 80, 384)),
+    ("dense_linear", "neutral", DenseSpec(72, 384)),
+    ("low_rank_sparse_linear", "neutral", LowRankSparseSpec(8, "nm", 2, 4, 0, 80, 384)),
+    ("low_rank_sparse_linear", "padded", LowRankSparseSpec(5, "nm", 2, 4, 0, 80, 384)),
+    ("int8_linear", "neutral", Int8Spec("dynamic", 1, 1, 144, 384)),
+    ("int8_linear", "neutral", Int8Spec("static", 2, 4, 160, 384)),
+    ("int8_linear", "unpacked", Int8Spec("dynamic", 2, 4, 160, 384)),
+]
+
+
+def neutral_of(spec):
+    """The neutral tensors of some weight, in fp16 where it is not int8."""
+    dense = torch.randn(spec.out_features, spec.in_features) / spec.in_features**0.5
+    dense = nm.project(dense, 2, 4) if getattr(spec, "m", 1) == 4 else dense
+    if isinstance(spec, Int8Spec):
+        values, scales = int8.quantize_weight(dense)
+        found = [*int8_op.pack(values, spec), scales]
+        return [*found, torch.tensor(0.02)] if spec.activations == "static" else found
+    if isinstance(spec, DenseSpec):
+        return [dense.half()]
+    factors = []
+    if isinstance(spec, LowRankSparseSpec):
+        factors = [torch.randn(spec.out_features, spec.rank) / 4, torch.randn(spec.rank, spec.in_features) / 9]
+    return [one.half() for one in factors] + list(nm.pack(dense.half(), 2, 4))
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize(("op", "layout", "spec"), HELD, ids=lambda one: one if isinstance(one, str) else one.label)
+def test_every_layout_by_the_candidate_of_the_op(op, layout, spec, quantize):
+    """At most twice the error of the two ops that it stands for, which round in between."""
+    weight = layouts.get(op, layout).from_neutral(neutral_of(spec), spec, torch.float16)
+    x = torch.randn(70, spec.in_features).half()
+    given = quantize_rows(x, torch.tensor(0.02)) if isinstance(spec, Int8Spec) else (x, None)
+    bias, residual = torch.randn(384).half(), torch.randn(70, 384).half()
+    scale = torch.tensor(0.03) if quantize else None
+    call = Call(*given, weight, bias, residual, torch.randn(384), torch.randn(384).half(), EPS, scale)
+    problem = problem_of(spec, layout, residual, quantize=quantize)
+    (candidate,) = (c for c in select.candidates(problem.op, layout) if c.backend == "cuda")
+    y, q, s = candidate.run(call, problem)
+    with select.backend("reference"):
+        exact = run_apart(
+            call._replace(
+                x=call.x if call.x_scale is not None else call.x.double(),
+                weight=[one.double() if one.dtype == torch.float16 else one for one in weight],
+                bias=bias.double(),
+                residual=residual.double(),
+            ),
+            problem._replace(dtype=torch.float64),
+        )[0]
+        theirs = run_apart(call, problem)[0]
+    assert y.dtype == torch.float16 and y.shape == residual.shape
+    assert (y.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
+    if quantize:
+        check_rows(y, q, s, scale)
+    else:
+        assert q is s is None
 
 
 # What is refused

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,10 @@ from sparsebert import ops
 from sparsebert.nn import projection
 from sparsebert.nn.int8_linear import Int8Linear
 from sparsebert.nn.packed_linear import PackedLinear
+from sparsebert.ops import linear_layer_norm
 from sparsebert.ops.activations import activate
+from sparsebert.ops.layouts import NEUTRAL
+from sparsebert.ops.specs import DenseSpec, Spec
 
 PROJECTION = "query_key_value"
 PARTS = ("query", "key", "value")
@@ -43,6 +47,29 @@ class Rows(NamedTuple):
     x: Tensor
     q: Tensor | None = None
     s: Tensor | None = None
+
+
+# What a linear layer reads: x, or where it quantizes that its int8 rows and their scales.
+Input = Tensor | tuple[Tensor, Tensor]
+
+
+class Weight(NamedTuple):
+    """The tensors that a linear layer holds its weight in, and what they are."""
+
+    spec: Spec
+    layout: str
+    tensors: list[Tensor]
+
+
+class Normalized(NamedTuple):
+    """A linear layer by its path, the normalization after it, and whether what reads the result wants int8 rows, by
+    which scale where it is static."""
+
+    path: str
+    linear: Any
+    norm: Any
+    quantize: bool
+    scale: Tensor | None
 
 
 class FusedEncoderLayer(nn.Module):
@@ -104,29 +131,30 @@ class FusedEncoderLayer(nn.Module):
             context = attend(q, k, v)
         else:
             context = ops.varlen_attention(q, k, v, cu_seqlens, heads=self.heads, max_length=max_length)
-        y = _linear(self.attention_output, Rows(context))
-        hidden = add_norm(y, rows.x, self.attention_norm, self.intermediate)
-        return add_norm(self._feed_forward(hidden), hidden.x, self.output_norm, reader)
+        layer: Any = self.attention_output
+        given = _quantized(layer, Rows(context)) if _quantizes(layer) else context
+        hidden = _linear_add_norm(layer, given, rows.x, self.attention_norm, self.intermediate)
+        given = self._feed_in(hidden)
+        return _linear_add_norm(self.output, given, hidden.x, self.output_norm, reader)
 
     def _project(self, rows: Rows) -> tuple[Tensor, ...]:
         if (merged := self.reader) is not None:
             return _linear(merged, rows).chunk(3, dim=-1)
         return tuple(_linear(self._modules[name], rows) for name in PARTS)
 
-    def _feed_forward(self, rows: Rows) -> Tensor:
+    def _feed_in(self, rows: Rows) -> Input:
+        """What the output layer reads: act(h W_1ᵀ + b_1)."""
         inner: Any = self.intermediate
         outer: Any = self.output
         activation = self.activation
         if not _quantizes(outer):
-            return _linear(outer, Rows(_linear(inner, rows, activation)))
+            return _linear(inner, rows, activation)
         scale = outer.static_scale
         if _quantizes(inner) and scale is not None:
-            q, s = inner.to_int8(*_quantized(inner, rows), scale, activation=activation)
-        elif isinstance(inner, PackedLinear) and not _quantizes(inner):
-            q, s = ops.quantize_rows(_linear(inner, rows, activation), scale)
-        else:
-            q, s = ops.quantize_rows(_linear(inner, rows), scale, activation=activation)
-        return outer.from_int8(q, s, activation="none", dtype=rows.x.dtype)
+            return inner.to_int8(*_quantized(inner, rows), scale, activation=activation)  # type: ignore[no-any-return]
+        if isinstance(inner, PackedLinear) and not _quantizes(inner):
+            return ops.quantize_rows(_linear(inner, rows, activation), scale)
+        return ops.quantize_rows(_linear(inner, rows), scale, activation=activation)
 
     # The names of the layer that it stands for
 
@@ -154,14 +182,62 @@ class FusedEncoderLayer(nn.Module):
         return f"heads={self.heads}, activation={self.activation}"
 
 
-def add_norm(y: Tensor, residual: Tensor | None, norm: Any, reader: Any) -> Rows:
-    """LayerNorm(y + residual), quantized as well where ``reader``, the layer that reads it, quantizes its input."""
+def _linear_add_norm(layer: Any, given: Input, residual: Tensor, norm: Any, reader: Any) -> Rows:
+    """LayerNorm(y + residual), y being what ``layer`` makes of ``given``; quantized as well where ``reader``, the layer
+    that reads it, quantizes its input. By one op where a kernel may be there that does all of it."""
+    x, s = given if isinstance(given, tuple) else (given, None)
+    held = None if torch.is_autocast_enabled(residual.device.type) else held_by(layer)
+    if held is not None:
+        spec, layout, weight = held
+        quantize = _quantizes(reader)
+        if linear_layer_norm.fusable(spec, layout, residual, quantize=quantize):
+            scale = reader.static_scale if quantize else None
+            call = linear_layer_norm.Call(x, s, weight, layer.bias, residual, norm.weight, norm.bias, norm.eps, scale)
+            return Rows(*linear_layer_norm.linear_add_layer_norm(call, spec, layout, quantize=quantize))
+    y = _linear(layer, Rows(x)) if s is None else layer.from_int8(x, s, activation="none", dtype=residual.dtype)
+    return _add_norm(y, residual, norm, reader)
+
+
+def _add_norm(y: Tensor, residual: Tensor, norm: Any, reader: Any) -> Rows:
     parts = (norm.weight, norm.bias, norm.eps)
     if by_torch(y, residual, norm.weight, norm.bias):
-        return Rows(F.layer_norm(y if residual is None else y + residual, y.shape[-1:], *parts))
+        return Rows(F.layer_norm(y + residual, y.shape[-1:], *parts))
     if _quantizes(reader):
         return Rows(*ops.add_layer_norm_quantize(y, residual, *parts, reader.static_scale))
     return Rows(ops.add_layer_norm(y, residual, *parts))
+
+
+def normalized(model: nn.Module) -> list[Normalized]:
+    """The linear layers of the fused encoder layers in ``model`` that a residual and a normalization follow."""
+    found = []
+    for path, stack in model.named_modules():
+        layers: list[Any] = [(n, layer) for n, layer in stack.named_children() if isinstance(layer, FusedEncoderLayer)]
+        for (name, layer), after in pairwise([*layers, None]):
+            reader = None if after is None else after[1].reader
+            for linear, norm, reads in zip(LINEARS[::2], NORMS, (layer.intermediate, reader), strict=True):
+                quantize = _quantizes(reads)
+                found.append(
+                    Normalized(
+                        ".".join(filter(None, (path, name, linear))),
+                        getattr(layer, linear),
+                        getattr(layer, norm),
+                        quantize,
+                        reads.static_scale if quantize else None,
+                    )
+                )
+    return found
+
+
+def held_by(layer: nn.Module) -> Weight | None:
+    """The weight of a layer whose call is one op of inference on all of x; None where it is none, or where a gradient
+    may be wanted."""
+    if torch.is_grad_enabled():
+        return None
+    if type(layer) is nn.Linear:
+        return Weight(DenseSpec(layer.in_features, layer.out_features), NEUTRAL, [layer.weight])
+    if not isinstance(layer, PackedLinear) or layer.gathers or (isinstance(layer, Int8Linear) and not layer.quantizes):
+        return None
+    return Weight(layer.spec, layer.layout, layer.held_tensors)
 
 
 def by_torch(*tensors: Tensor | None) -> bool:

@@ -87,7 +87,7 @@ class Int8Linear(PackedLinear):
     def quantizes(self) -> bool:
         """Whether a call rounds the x that it gets to int8: not where the layout is ``dense``, nor before columns of x
         are taken."""
-        return self.layout != DENSE and (self.columns is None or self.compact_input)
+        return self.layout != DENSE and not self.gathers
 
     @property
     def static_scale(self) -> Tensor | None:

@@ -360,6 +360,16 @@ class PackedLinear(nn.Module, ABC):
         y = run(x, self._weight(), bias, columns, activation=activation if fused else "none", **keywords)
         return y if fused else activate(y, activation)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a call takes some columns of x."""
+        return self.columns is not None and not self.compact_input
+
+    @property
+    def held_tensors(self) -> list[Tensor]:
+        """The tensors of the layout that is held, in its order."""
+        return self._weight()
+
     def problem(self, tokens: int) -> select.Problem:
         """What a call with ``tokens`` rows of x asks of the kernels."""
         return select.Problem(self.layout, describe(self.device), self.dtype, self.spec, tokens, self.activation)

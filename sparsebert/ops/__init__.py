@@ -15,6 +15,7 @@ from sparsebert.ops import (  # noqa: F401 (add layouts, candidates)
     embeddings,
     layer_norm,
     linear,
+    linear_layer_norm,
     quantized,
     specs,
     torch_sparse,
@@ -58,6 +59,7 @@ def register() -> torch.library.Library:
     quantized.define(library)
     attention.define(library)
     layer_norm.define(library)
+    linear_layer_norm.define(library)
     embeddings.define(library)
     # The library lives as long as this reference to it: the cache of this function keeps it.
     return library

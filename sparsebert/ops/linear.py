@@ -41,10 +41,7 @@ OVERLOADS: dict[str, torch._ops.OpOverload] = {}
 
 def define(library: torch.library.Library, op: str, spec_type: type[Spec]) -> None:
     """Defines ``op`` for weights of ``spec_type`` and its unpack op, with fakes, gradients and autocast rules."""
-    defaults = {name: f"={default}" for name, default in spec_type._field_defaults.items()}
-    fields = ", ".join(
-        f"{_SCHEMA_TYPES[str(kind)]} {name}{defaults.get(name, '')}" for name, kind in _fields(spec_type)
-    )
+    fields = schema_fields(spec_type)
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define(
         f"{op}(Tensor x, Tensor[] weight, Tensor? bias, Tensor? columns=None, *, str layout, {fields}, "
@@ -179,6 +176,12 @@ def check_columns(op: str, columns: Tensor, in_features: int, x: Tensor) -> None
         raise ValueError(f"{op}: columns is on {columns.device}, expected {x.device} as x")
     if x.dim() < 1 or x.shape[-1] < in_features:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (..., {in_features} or more), to take columns")
+
+
+def schema_fields(spec_type: type[Spec]) -> str:
+    """The fields of a spec as keyword arguments in the schema of an op."""
+    defaults = {name: f"={default}" for name, default in spec_type._field_defaults.items()}
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}{defaults.get(name, '')}" for name, kind in _fields(spec_type))
 
 
 def _fields(spec_type: type[Spec]) -> list[tuple[str, str]]:

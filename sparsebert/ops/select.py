@@ -134,6 +134,7 @@ def add_candidate(candidate: Candidate) -> None:
     entries.append(candidate)
     entries.sort(key=lambda c: BACKENDS.index(c.backend))
     _choose.cache_clear()
+    _fused.cache_clear()
 
 
 def candidates(op: str, layout: str) -> tuple[Candidate, ...]:
@@ -185,6 +186,22 @@ def choose_between(problem: Problem) -> Solution:
     is, so that a whole model can be run by the linear layers of one backend."""
     forced = forced_backend()
     return choose(problem, force=any(c.backend == forced for c in candidates(problem.op, problem.layout)))
+
+
+def fused(problem: Problem) -> Solution | None:
+    """The one kernel for an op that two can run as well, where it serves ``problem`` and is forced, or was measured to
+    be quicker than they are."""
+    return _fused(problem, problem.op, forced_backend(), measurements.generation())
+
+
+@lru_cache(maxsize=16384)
+def _fused(problem: Problem, op: str, forced: str | None, generation: int) -> Solution | None:
+    row = measurements.of(problem.spec, problem.layout, problem.dtype, problem.device, problem.tokens)
+    wanted = forced or (None if row is None else row.backend)
+    for candidate, reason in review(problem):
+        if reason is None and candidate.backend == wanted:
+            return solutions(candidate, problem, row)[0]
+    return None
 
 
 # ``op`` is there for the cache: specs of two ops are equal where their numbers are, as tuples.

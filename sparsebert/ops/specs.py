@@ -122,6 +122,29 @@ class DenseSpec(NamedTuple):
         return "dense"
 
 
+class AddLayerNormSpec(NamedTuple):
+    """A linear layer, and what follows it: a residual is added, and rows are normalized; ``quantize``: as int8 too."""
+
+    linear: Spec
+    quantize: bool
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features
+
+    @property
+    def op(self) -> str:
+        return add_layer_norm_op(self.linear.op, quantize=self.quantize)
+
+    @property
+    def label(self) -> str:
+        return self.linear.label
+
+
 class RowsSpec(NamedTuple):
     """No weight: rows of ``in_features`` numbers, for the op of that name."""
 
@@ -158,6 +181,11 @@ class AttentionSpec(NamedTuple):
     @property
     def label(self) -> str:
         return f"{self.heads} heads of {self.head_size}"
+
+
+def add_layer_norm_op(op: str, *, quantize: bool) -> str:
+    """The name of the op that is ``op`` and what follows it."""
+    return f"{op}_add_layer_norm" + ("_quantize" if quantize else "")
 
 
 def _rank_label(rank: int, parts: int) -> str:

@@ -10,18 +10,21 @@ from itertools import cycle
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 import sanitize_wgmma
 import sparsebert as sb
 from closeness import check
 from sparsebert.formats import int8, mma_sp, nm
+from sparsebert.nn.fused_encoder_layer import held_by, normalized
 from sparsebert.ops import (
     add_layer_norm,
     int8_linear,
     int8_linear_from_int8,
     int8_linear_to_int8,
     layouts,
+    measurements,
     nm_linear,
     select,
 )
@@ -30,6 +33,7 @@ from sparsebert.ops.cuda import extension, nm24
 from sparsebert.ops.cuda.mma_sp import MMA_SP
 from sparsebert.ops.cuda.wgmma_layer_norm import linear_add_layer_norm
 from sparsebert.ops.devices import describe
+from sparsebert.ops.linear_layer_norm import problem_of
 from sparsebert.ops.specs import DenseSpec, Int8Spec, LowRankSparseSpec, NMSpec
 
 DEVICE = torch.device("cuda")
@@ -841,6 +845,57 @@ def test_tune_measures_wgmma_which_waits_until_then(tmp_path, monkeypatch):
     assert layer.kernel.endswith(": measured)") and not any(reason.startswith(waiting) for reason in layer.refused)
     x = x_of(512, 768)
     check(model(x), x, model[0].dense_weight(), model[0].bias)
+
+
+def small_encoder(config):
+    """A fused encoder of a size that the kernel with LayerNorm takes, and inputs without padding."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 1024}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=1000, **sizes)).eval()
+    if config is not None:
+        sb.compress_(model, config, layout="neutral")
+    exact = copy.deepcopy(model).double()
+    model.half().to(DEVICE).requires_grad_(False)
+    sb.prepare_(model, "auto" if config is None else "neutral")
+    sb.fuse_(model)
+    return model, exact, torch.randint(0, 1000, (8, 64))
+
+
+@on_hopper
+@pytest.mark.parametrize("config", [None, sb.NMConfig(2, 4), sb.Int8Config(weights=sb.NMConfig(2, 4))], ids=str)
+def test_a_fused_encoder_by_one_kernel_a_normalization(config, tmp_path, monkeypatch):
+    """Within twice the error of two kernels, eager and from a graph."""
+    monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path))
+    model, exact, ids = small_encoder(config)
+    with torch.inference_mode():
+        expected = exact(input_ids=ids).last_hidden_state
+        apart = model(input_ids=ids.to(DEVICE)).last_hidden_state.cpu().double()
+        for layer in normalized(model):
+            spec, layout, _ = held_by(layer.linear)
+            residual = torch.empty(ids.numel(), spec.out_features, dtype=torch.half, device=DEVICE)
+            problem = problem_of(spec, layout, residual, quantize=layer.quantize)
+            times = {"median_us": 1.0, "mad_us": 0.0, "backend": "cuda"}
+            row = measurements.make_row(problem.spec, layout, problem.tokens, problem.dtype, DEVICE, **times)
+            measurements.record([row])
+            assert select.fused(problem) is not None
+        fused = model(input_ids=ids.to(DEVICE)).last_hidden_state
+        replayed = sb.Runner(model)(input_ids=ids.to(DEVICE)).last_hidden_state
+    assert torch.equal(fused, replayed)
+    assert (fused.cpu().double() - expected).abs().max() <= 2 * (apart - expected).abs().max()
+
+
+@on_hopper
+def test_tune_compares_one_kernel_with_two(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path))
+    model, _, ids = small_encoder(sb.NMConfig(2, 4))
+    rows = [row for row in sb.tune(model, [512], budget_s=0.2).rows if "add_layer_norm" in row.op]
+    assert {(row.out_features, row.in_features) for row in rows} == {(256, 256), (256, 1024)}
+    for row in rows:
+        assert row.median_us.keys() == {"apart", "fused"} and row.kernels["fused"].startswith("cuda")
+    quicker = {row.median_us["fused"] < row.median_us["apart"] for row in rows}
+    kernels = {layer.kernel.partition(" ")[0] for layer in sb.explain(model, tokens=512).normalized}
+    assert kernels == {"cuda" if one else "two" for one in quicker}
+    with torch.inference_mode():
+        assert model(input_ids=ids.to(DEVICE)).last_hidden_state.isfinite().all()
 
 
 @on_hopper

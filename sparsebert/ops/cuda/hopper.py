@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsebert.ops import bitmap, dense, int8, low_rank, low_rank_sparse, nm, select
-from sparsebert.ops.cuda import calls, wgmma
+from sparsebert.ops.cuda import calls, wgmma, wgmma_layer_norm
 from sparsebert.ops.cuda.calls import rows_of
 from sparsebert.ops.cuda.wgmma import Config, configurations
 from sparsebert.ops.layouts import DENSE, NEUTRAL
+from sparsebert.ops.linear_layer_norm import Call, Result
 from sparsebert.ops.select import Candidate, Problem
-from sparsebert.ops.specs import LowRankSparseSpec
+from sparsebert.ops.specs import LowRankSparseSpec, add_layer_norm_op
 
 _SPARSE = "CUDA: 2:4 on Hopper's sparse tensor cores by wgmma.sp, as it lies on disk"
 _DENSE = "CUDA: Hopper's tensor cores by wgmma"
@@ -92,6 +93,34 @@ def _low_rank_sparse(
     return y.view(*x.shape[:-1], spec.out_features)
 
 
+def _add_layer_norm(call: Call, problem: Problem) -> Result:
+    """With all that follows up to the next linear, in one launch."""
+    linear = problem._replace(spec=problem.spec.linear)
+    weight = call.weight
+    more: dict[str, Tensor] = {}
+    if linear.op == low_rank_sparse.OP and linear.layout in wgmma.AS_STORED:
+        u, v, *weight = weight
+        more = {"t": F.linear(call.x, v), "u": u}
+    positions = _positions(weight, linear)
+    if call.x_scale is not None:
+        scales = weight[1 if positions is None else 2]
+        more = {"x_scale": call.x_scale, "scales": scales.float()}
+    return wgmma_layer_norm.linear_add_layer_norm(
+        call.x,
+        weight[0],
+        positions,
+        calls.bias_of(call.bias),
+        call.residual,
+        call.norm_weight,
+        call.norm_bias,
+        call.eps,
+        dtype=problem.dtype,
+        quantize=problem.spec.quantize,
+        input_scale=None if call.output_scale is None else call.output_scale.float(),
+        **more,  # type: ignore[arg-type]  # tensors alone
+    )
+
+
 _INT8 = int8.Kernels(_int8_multiply, calls.quantize, requantizes=True)
 
 _CANDIDATES: list[tuple[str, str, str, Callable[..., Any]]] = [
@@ -108,3 +137,15 @@ _CANDIDATES: list[tuple[str, str, str, Callable[..., Any]]] = [
 ]
 for _op, _layout, _text, _run in _CANDIDATES:
     select.add_candidate(Candidate(_op, _layout, "cuda", _text, wgmma.refusal, _run, configurations, waits=wgmma.waits))
+    for _quantize in (False, True):
+        select.add_candidate(
+            Candidate(
+                add_layer_norm_op(_op, quantize=_quantize),
+                _layout,
+                "cuda",
+                f"{_text}, with LayerNorm in the same launch",
+                wgmma_layer_norm.refusal,
+                _add_layer_norm,
+                waits=wgmma_layer_norm.waits,
+            )
+        )

@@ -28,6 +28,8 @@ CAPABILITY, TARGET = (9, 0), "90a"
 ROW_BYTES = 16
 # Layouts that hold a 2:4 weight as it lies on disk: the second beside factors with ranks filled up to a multiple of 16.
 AS_STORED = (NEUTRAL, PADDED)
+# Why a kernel of this architecture does not run unmeasured, with what is estimated of it.
+WAITS = "not measured here, and no GPU has run it yet{} (sb.tune measures it)"
 # Of features: a tile has those of one part of the factors, and the smallest has so many.
 PART_MULTIPLE = 128
 
@@ -123,7 +125,7 @@ def waits(problem: Problem) -> str:
     estimate = ""
     if pattern_of(problem) == NM24:
         estimate = f": estimated at {estimated_ratio(problem):.2f} of the dense kernel's time"
-    return f"not measured here, and no GPU has run it yet{estimate} (sb.tune measures it)"
+    return WAITS.format(estimate)
 
 
 def estimated_ratio(problem: Problem) -> float:

@@ -1,6 +1,7 @@
-"""The wgmma kernel that adds a residual and normalizes in its epilogue (``csrc/wgmma/layer_norm.cuh``): one call.
+"""The wgmma kernel that adds a residual and normalizes in its epilogue (``csrc/wgmma/layer_norm.cuh``): what it can
+run, and one call.
 
-No op runs it yet, and no GPU has.
+It has run on no GPU yet, so it waits until it is measured or forced.
 """
 
 from __future__ import annotations
@@ -8,12 +9,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsebert.ops.cuda import calls, extension
+from sparsebert.ops.cuda import calls, extension, wgmma
 from sparsebert.ops.cuda.calls import address
 from sparsebert.ops.cuda.wgmma import DENSE, NM24, copyable, whole
+from sparsebert.ops.select import Problem
 
 # Of features: a block of a cluster has so many of each row, and a cluster eight blocks at most.
 MULTIPLE, MOST = 128, 1024
+
+
+def refusal(problem: Problem) -> str | None:
+    """None, or why the kernel cannot run ``problem``, whose spec is an ``AddLayerNormSpec``."""
+    linear = problem._replace(spec=problem.spec.linear)
+    if linear.out_features % MULTIPLE or linear.out_features > MOST:
+        return f"needs out_features in multiples of {MULTIPLE} up to {MOST}, not {linear.out_features}"
+    if getattr(linear.spec, "parts", 1) > 1 and problem.layout in wgmma.AS_STORED:
+        return f"needs factors in one part, not {linear.spec.parts}"
+    # y, unlike that of an int8 product alone, has 16 bits.
+    return calls.unserved(problem.dtype, integer=False) or wgmma.refusal(linear)
+
+
+def waits(problem: Problem) -> str:
+    """Why the kernel does not run unmeasured."""
+    return wgmma.WAITS.format("")
 
 
 def linear_add_layer_norm(
