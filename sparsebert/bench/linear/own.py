@@ -16,11 +16,11 @@ from sparsebert.bench.linear.cases import LIMITS, SHORT, Built, Call, Case, Peer
 from sparsebert.configs import Int8Config, LowRankConfig, LowRankSparseConfig, parse_config
 from sparsebert.formats import int8, mma_sp, nm, one_shot
 from sparsebert.nn import MODULES, PackedLinear
-from sparsebert.ops import layouts, measurements, select
+from sparsebert.ops import layouts, linear_layer_norm, measurements, select
 from sparsebert.ops.cuda import nm24, wgmma
 from sparsebert.ops.cuda.mma_sp import MMA_SP
 from sparsebert.ops.devices import Device
-from sparsebert.ops.specs import DenseSpec, Int8Spec, LowRankSparseSpec
+from sparsebert.ops.specs import DenseSpec, Int8Spec, LowRankSparseSpec, NMSpec
 
 FP16, BF16 = torch.float16, torch.bfloat16
 
@@ -238,8 +238,8 @@ def _peer(format: str, layout: str, backend: str, dtype: torch.dtype) -> Peer:
     )
 
 
-# What has no counterpart as a layer alone: rows that are int8 already or stay so, and a low-rank part whose x vᵀ is
-# there.
+# What has no counterpart as a layer alone: rows that are int8 already or stay so, a low-rank part whose x vᵀ is there,
+# and the normalization after a layer.
 
 
 def _triton(case: Case) -> str:
@@ -401,6 +401,49 @@ def _int8_rows(case: Case, dtype: torch.dtype, layout: str, *, again: bool = Fal
     )
 
 
+def _with_layer_norm(case: Case, *, fused: bool) -> Built:
+    """A 2:4 weight, a residual and LayerNorm: in one launch, or by the linear's kernel and that of ``add_layer_norm``,
+    which other backends have."""
+    x, w, b = case.operands(FP16, pruned=True)
+    shape = case.shape
+    residual = case.normal(case.tokens, shape.out_features, dtype=FP16)
+    norm = (case.normal(shape.out_features, dtype=FP16), case.normal(shape.out_features, dtype=FP16), 1e-12)
+    spec = NMSpec(2, 4, shape.in_features, shape.out_features)
+    copies = case.rotate_all(list(nm.pack(w, 2, 4)))
+    weight_bytes = sum(tensor.nbytes for tensor in copies[0])
+    problem = linear_layer_norm.problem_of(spec, layouts.NEUTRAL, residual, quantize=False)
+    # On a CPU, the reference.
+    whole = None if case.dry or not fused else select.Solution(_candidate(problem, "cuda"))
+
+    def at_once(copy: list[Tensor]) -> Tensor:
+        call = linear_layer_norm.Call(x, None, copy, b, residual, *norm)
+        if whole is None:
+            return linear_layer_norm.run_apart(call, problem)[0]
+        return linear_layer_norm.run_fused(whole, call, problem)[0]
+
+    def apart(solution: select.Solution, of_linear: select.Problem, copy: list[Tensor]) -> Tensor:
+        return ops.add_layer_norm(solution.run(x, copy, b, of_linear), residual, *norm)
+
+    ways: dict[str, Callable[[list[Tensor]], Tensor]] = {"": at_once}
+    if not fused:
+        found = _configured(spec, layouts.NEUTRAL, x, "none")
+        ways = {name: partial(apart, solution, of_linear) for name, solution, of_linear in found}
+
+    def reference() -> Tensor:
+        weight, bias, eps = norm
+        z = product(x, w, b) + residual.double()
+        return F.layer_norm(z, z.shape[-1:], weight.double(), bias.double(), eps)
+
+    return Built(
+        variants={name: [partial(way, copy) for copy in copies] for name, way in ways.items()},
+        reference=reference,
+        weight_bytes=weight_bytes,
+        moved_bytes=case.moved(weight_bytes, 2, 2, b, residual),
+        limit=LIMITS[FP16],
+        operations=case.flops // 2,
+    )
+
+
 def _one(name: str, dtype: str, epilogue: str, build: Callable[[Case], Built], rate: str, **more: Any) -> Peer:
     return Peer(name, "own", dtype, epilogue, build, rate, **more)
 
@@ -446,6 +489,20 @@ CHAINED = (
             gelu=(),
         )
         for layout in (MMA_SP, layouts.NEUTRAL)
+    ),
+    *(
+        _one(
+            f"2:4_{name}/neutral/cuda/fp16",
+            "float16",
+            f"bias, residual, LayerNorm, {launches}",
+            partial(_with_layer_norm, fused=fused),
+            "matmul_fp16",
+            gelu=(),
+        )
+        for name, launches, fused in (
+            ("layer_norm", "one launch", True),
+            ("then_layer_norm", "two launches", False),
+        )
     ),
     _one(
         "int8_to_int8/neutral/triton/fp16",

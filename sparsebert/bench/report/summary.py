@@ -30,6 +30,11 @@ WGMMA: Against = {
     "dense fp16 over cuBLAS": ("none", "cublas_fp16", "dense/neutral/cuda/fp16"),
     "int8 + GELU over cuBLAS bf16 + GELU (2x from 2,048 on)": ("gelu", "cublas_bf16", _ROWS.format("neutral")),
     "dense int8 over _int_mm and its scales (1x)": ("none", "int_mm_bf16", "int8_rows/neutral/cuda/bf16"),
+    "with LayerNorm in one launch, over two": (
+        "none",
+        "2:4_then_layer_norm/neutral/cuda/fp16",
+        "2:4_layer_norm/neutral/cuda/fp16",
+    ),
     "with rank 32, x vᵀ given": ("none", _24.format("neutral"), "tail32+2:4/neutral/cuda/fp16"),
 }
 AGAINST_NOTE = "The other's time over the kernel's: above 1 the kernel is faster; the last is what a tail leaves."
