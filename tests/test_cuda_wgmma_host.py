@@ -139,6 +139,23 @@ def test_a_call_that_does_not_fit(machine, changes, text):
     assert str(caught.value) == f"wgmma_linear: {text}"
 
 
+def test_keywords_that_are_no_call_are_named(machine):
+    for changes, text in (
+        ({"x": "here"}, "x is 'here', expected a number"),
+        ({"x": -1}, "x is -1, expected a number"),
+        ({"tile": 0.5}, "tile is 0.5, expected a number"),
+        ({"element": None}, "element is None, expected a number"),
+        ({"splitting": 2}, "splitting is no keyword of it"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            call(machine, **changes)
+        assert str(caught.value) == f"wgmma_linear: {text}"
+    with pytest.raises(TypeError, match="^wgmma_linear: element is missing, expected it as a keyword$"):
+        machine.wgmma_linear()
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        machine.wgmma_linear(0)
+
+
 # The choice
 
 

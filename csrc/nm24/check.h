@@ -1,23 +1,16 @@
 // One call of the 2:4 kernel as it comes from Python, and whether its parts fit.
 #pragma once
 
+#include <common/operands.h>
 #include <nm24/problem.h>
 
 namespace sparsebert::nm24 {
 
-// Addresses in device memory; 0 for what is not there. See `Arguments` in kernel.cuh for shapes.
-struct Call {
+// Shapes are those of `Arguments` in kernel.cuh.
+struct Call : Operands {
     Problem problem;
     Solution solution;
-    uint64_t x;
-    int64_t x_stride;  // elements
-    uint64_t values, metadata, columns, t, u, bias, residual, x_scale, scale, output_scale, y, y_scale, partial, arrivals;
-    Number y_number;
-    Number bias_number;
-    int activation;
-    float alpha;
-    int device;
-    uint64_t stream;
+    uint64_t metadata, columns, partial, arrivals;
 };
 
 // std::invalid_argument, worded `nm24_linear: <tensor> ..., expected ...`, where something does not fit.

@@ -10,38 +10,24 @@
 // products are dense.
 #pragma once
 
-#include <common/activations.cuh>
+#include <common/arguments.cuh>
 #include <common/elements.cuh>
 #include <nm24/problem.h>
 
 namespace sparsebert::nm24 {
 
-struct Arguments {
+struct Arguments : Epilogue {
     const void* x;           // [tokens][in_features], x_stride elements apart
+    int64_t x_stride;
     const Words4* values;    // [feature blocks][input blocks][2][4][32], one Words4 a lane
     const Words4* metadata;  // [feature blocks][input blocks][1 or 2][32], a word for each 16 features
     const int32_t* columns;  // [in_features]: which columns of x the weight has, or null: all; not int8
     const void* t;           // [tokens][rank], rank a multiple of 16
     const Words4* u;         // [feature blocks][rank / 16][4][32]
-    const void* bias;        // [out_features], or null
-    const void* residual;    // [tokens][out_features], in y's type, or null
-    const float* x_scale;    // [tokens], int8
-    const float* scale;      // [out_features], int8
-    const float* output_scale;  // [], of an int8 y
-    void* y;                 // [tokens][out_features]
-    float* y_scale;          // [tokens], of an int8 y
     Words4* partial;         // [tiles][parts][splits][tokens of a tile][features of a part], four bytes each
     uint32_t* arrivals;      // [tiles][parts], zeros before and after
-    int64_t x_stride;
-    int tokens;
-    int in_features;
-    int out_features;
     int rank;
     int splits;
-    float alpha;
-    Activation activation;
-    Number y_number;
-    Number bias_number;
 };
 
 // How x is read: rows that begin at multiples of 16 bytes in copies of 16, others, and columns of rows, piece by piece. A

@@ -1,6 +1,7 @@
 // One call of the wgmma kernel as it comes from Python, and whether its parts fit.
 #pragma once
 
+#include <common/operands.h>
 #include <wgmma/problem.h>
 
 namespace sparsebert::wgmma {
@@ -11,19 +12,11 @@ constexpr int64_t MOST = int64_t{1} << 30;
 constexpr int64_t ROW_BYTES = 16;
 constexpr int64_t MOST_ROW_BYTES = (int64_t{1} << 40) - 1;
 
-// Addresses in device memory; 0 for what is not there. See `Arguments` in kernel.cuh for shapes.
-struct Call {
+// Shapes are those of `Arguments` in main_loop.cuh.
+struct Call : Operands {
     Problem problem;
     Solution solution;
-    uint64_t x;
-    int64_t x_stride;  // elements
-    uint64_t values, positions, t, u, bias, residual, x_scale, scale, output_scale, y, y_scale;
-    Number y_number;
-    Number bias_number;
-    int activation;
-    float alpha;
-    int device;
-    uint64_t stream;
+    uint64_t positions;
 };
 
 // std::invalid_argument, worded `wgmma_linear: <tensor> ..., expected ...`, where something does not fit.

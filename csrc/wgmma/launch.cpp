@@ -5,14 +5,7 @@ namespace sparsebert::wgmma {
 
 void launch(const Call& call) {
     const DeviceGuard guard(call.device, "wgmma_linear");
-    switch (call.problem.element) {
-        case Element::half:
-            return launch_as<Element::half>(call);
-        case Element::bfloat16:
-            return launch_as<Element::bfloat16>(call);
-        case Element::int8:
-            return launch_as<Element::int8>(call);
-    }
+    with_element(call.problem.element, [&](auto element) { launch_as<decltype(element)::value>(call); });
 }
 
 }  // namespace sparsebert::wgmma

@@ -5,14 +5,9 @@ namespace sparsebert::wgmma {
 
 void launch_layer_norm(const NormCall& call) {
     const DeviceGuard guard(call.linear.device, "wgmma_layer_norm");
-    switch (call.linear.problem.element) {
-        case Element::half:
-            return launch_layer_norm_as<Element::half>(call);
-        case Element::bfloat16:
-            return launch_layer_norm_as<Element::bfloat16>(call);
-        case Element::int8:
-            return launch_layer_norm_as<Element::int8>(call);
-    }
+    with_element(call.linear.problem.element, [&](auto element) {
+        launch_layer_norm_as<decltype(element)::value>(call);
+    });
 }
 
 }  // namespace sparsebert::wgmma

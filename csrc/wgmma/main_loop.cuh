@@ -18,7 +18,7 @@
 // divide the inputs of one tile.
 #pragma once
 
-#include <common/activations.cuh>
+#include <common/arguments.cuh>
 #include <common/elements.cuh>
 #include <common/hopper.cuh>
 #include <common/products.cuh>
@@ -26,27 +26,13 @@
 
 namespace sparsebert::wgmma {
 
-struct Arguments {
-    const uint8_t* positions;   // [out_features][in_features / 8], 2:4
-    const void* bias;           // [out_features], or null
-    const void* residual;       // [tokens][out_features], in y's type, or null
-    const float* x_scale;       // [tokens], int8
-    const float* scale;         // [out_features], int8
-    const float* output_scale;  // [], of an int8 y
-    void* y;                    // [tokens][out_features]
-    float* y_scale;             // [tokens], of an int8 y
-    int tokens;
-    int in_features;
-    int out_features;
-    int rank;           // t is [tokens][parts][rank], u [out_features][rank]
-    int part_features;  // that take the same part of t
-    int blocks;         // of the grid
-    int sharing;        // blocks of a cluster that share x
-    int splits;         // blocks of a cluster that divide the inputs
-    float alpha;
-    Activation activation;
-    Number y_number;
-    Number bias_number;
+struct Arguments : Epilogue {
+    const uint8_t* positions;  // [out_features][in_features / 8], 2:4
+    int rank;                  // t is [tokens][parts][rank], u [out_features][rank]
+    int part_features;         // that take the same part of t
+    int blocks;                // of the grid
+    int sharing;               // blocks of a cluster that share x
+    int splits;                // blocks of a cluster that divide the inputs
     bool tiled;  // y goes by copies of tiles, which take rows at multiples of 16 bytes, of 16-bit floats here
 };
 

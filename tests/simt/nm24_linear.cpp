@@ -14,14 +14,7 @@ void simulate_as(const Call& call);
 namespace {
 
 void simulate(const Call& call) {
-    switch (call.problem.element) {
-        case Element::half:
-            return simulate_as<Element::half>(call);
-        case Element::bfloat16:
-            return simulate_as<Element::bfloat16>(call);
-        case Element::int8:
-            return simulate_as<Element::int8>(call);
-    }
+    with_element(call.problem.element, [&](auto element) { simulate_as<decltype(element)::value>(call); });
 }
 
 }  // namespace

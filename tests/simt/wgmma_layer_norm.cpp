@@ -59,14 +59,7 @@ void simulate_as(const NormCall& call) {
 void simulate(const NormCall& call) {
     NormCall own = call;
     own.linear.problem.sms = multiprocessors;
-    switch (call.linear.problem.element) {
-        case Element::half:
-            return simulate_as<Element::half>(own);
-        case Element::bfloat16:
-            return simulate_as<Element::bfloat16>(own);
-        case Element::int8:
-            return simulate_as<Element::int8>(own);
-    }
+    with_element(own.linear.problem.element, [&](auto element) { simulate_as<decltype(element)::value>(own); });
 }
 
 }  // namespace

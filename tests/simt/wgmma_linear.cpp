@@ -19,14 +19,7 @@ int multiprocessors = 8;
 void simulate(const Call& call) {
     Call own = call;
     own.problem.sms = multiprocessors;
-    switch (call.problem.element) {
-        case Element::half:
-            return simulate_as<Element::half>(own);
-        case Element::bfloat16:
-            return simulate_as<Element::bfloat16>(own);
-        case Element::int8:
-            return simulate_as<Element::int8>(own);
-    }
+    with_element(call.problem.element, [&](auto element) { simulate_as<decltype(element)::value>(own); });
 }
 
 }  // namespace

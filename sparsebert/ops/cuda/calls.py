@@ -3,7 +3,7 @@ place of a launch."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,48 @@ def place_of(x: Tensor) -> Place:
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def product(
+    x: Tensor,
+    values: Tensor,
+    y: Tensor,
+    place: Place,
+    *,
+    in_features: int,
+    rank: int,
+    t: Tensor | None,
+    u: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x_scale: Tensor | None,
+    scales: Tensor | None,
+    alpha: float,
+) -> dict[str, Any]:
+    """The keywords that the calls of all products have (`read_product` of ``csrc/common/fields.h``)."""
+    return {
+        "element": ELEMENTS[x.dtype],
+        "tokens": len(x),
+        "in_features": in_features,
+        "out_features": y.shape[1],
+        "rank": rank,
+        "x": x.data_ptr(),
+        # A single row is followed by none.
+        "x_stride": x.stride(0) if len(x) > 1 else x.shape[1],
+        "values": values.data_ptr(),
+        "t": address(t),
+        "u": address(u),
+        "bias": address(bias),
+        "bias_number": NUMBERS[torch.float32 if bias is None else bias.dtype],
+        "residual": address(residual),
+        "x_scale": address(x_scale),
+        "scale": address(scales),
+        "y": y.data_ptr(),
+        "y_number": NUMBERS[y.dtype],
+        "alpha": alpha,
+        "device": place.device,
+        "stream": place.stream,
+    }
 
 
 def unserved(dtype: torch.dtype, *, integer: bool) -> str | None:

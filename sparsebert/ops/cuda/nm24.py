@@ -113,36 +113,32 @@ def linear(
     place = calls.place_of(x)
     partial, arrivals = _workspace(c, x, tokens, out_features, config, place)
     # What is made here lives until the call is launched; after that the stream's order keeps it.
-    c.nm24_linear(
-        element=calls.ELEMENTS[x.dtype],
-        tokens=tokens,
+    product = calls.product(
+        x,
+        values,
+        y,
+        place,
         in_features=in_features,
-        out_features=out_features,
         rank=0 if t is None else t.shape[1],
+        t=t,
+        u=u,
+        bias=bias,
+        residual=residual,
+        x_scale=x_scale,
+        scales=scales,
+        alpha=alpha,
+    )
+    c.nm24_linear(
+        **product,
         tile=config.tile,
         splits=config.splits,
-        x=x.data_ptr(),
-        x_stride=x.stride(0),
-        values=values.data_ptr(),
         metadata=metadata.data_ptr(),
         columns=address(columns),
-        t=address(t),
-        u=address(u),
-        bias=address(bias),
-        bias_number=calls.NUMBERS[torch.float32 if bias is None else bias.dtype],
-        residual=address(residual),
-        x_scale=address(x_scale),
-        scale=address(scales),
         output_scale=address(output_scale),
-        y=y.data_ptr(),
-        y_number=calls.NUMBERS[y_dtype],
         y_scale=address(y_scale),
         partial=address(partial),
         arrivals=address(arrivals),
         activation=calls.ACTIVATIONS[activation],
-        alpha=alpha,
-        device=place.device,
-        stream=place.stream,
     )
     return y
 

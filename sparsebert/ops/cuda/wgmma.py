@@ -190,47 +190,38 @@ def linear(
     Rows of ``x`` may lie apart, at multiples of 16 bytes; what is not as the kernel reads it is copied. On the current
     stream of x's device; may be captured in a CUDA graph.
     """
-    tokens, in_features = x.shape
-    out_features = len(values)
-    y_dtype = torch.int8 if output_scale is not None else dtype or x.dtype
-    y = x.new_empty((tokens, out_features), dtype=y_dtype)
+    y = x.new_empty((len(x), len(values)), dtype=torch.int8 if output_scale is not None else dtype or x.dtype)
     if not y.numel():
         return y
     # Copies live until the call is launched; after that the stream's order keeps them.
     x, values, bias = copyable(x), whole(values), None if bias is None else bias.contiguous()
     positions, t, u, residual = (None if one is None else whole(one) for one in (positions, t, u, residual))
-    place = calls.place_of(x)
-    extension.load().wgmma_linear(
-        element=calls.ELEMENTS[x.dtype],
-        pattern=DENSE if positions is None else NM24,
-        tokens=tokens,
-        in_features=in_features,
-        out_features=out_features,
+    product = calls.product(
+        x,
+        values,
+        y,
+        calls.place_of(x),
+        in_features=x.shape[1],
         rank=0 if u is None else u.shape[1],
+        t=t,
+        u=u,
+        bias=bias,
+        residual=residual,
+        x_scale=x_scale,
+        scales=scales,
+        alpha=alpha,
+    )
+    extension.load().wgmma_linear(
+        **product,
+        pattern=DENSE if positions is None else NM24,
+        positions=address(positions),
         parts=parts,
         tile=config.tile,
         sharing=config.sharing,
         splits=config.splits,
-        x=x.data_ptr(),
-        # A single row is followed by none.
-        x_stride=x.stride(0) if tokens > 1 else in_features,
-        values=values.data_ptr(),
-        positions=address(positions),
-        t=address(t),
-        u=address(u),
-        bias=address(bias),
-        bias_number=calls.NUMBERS[torch.float32 if bias is None else bias.dtype],
-        residual=address(residual),
-        x_scale=address(x_scale),
-        scale=address(scales),
         output_scale=address(output_scale),
-        y=y.data_ptr(),
-        y_number=calls.NUMBERS[y_dtype],
         y_scale=address(y_scale),
         activation=calls.ACTIVATIONS[activation],
-        alpha=alpha,
-        device=place.device,
-        stream=place.stream,
     )
     return y
 

@@ -64,8 +64,7 @@ def linear_add_layer_norm(
 
     On the current stream of x's device; may be captured in a CUDA graph.
     """
-    tokens, in_features = x.shape
-    out_features = len(values)
+    tokens, out_features = len(x), len(values)
     y = x.new_empty((tokens, out_features), dtype=dtype or x.dtype)
     q = x.new_empty((tokens, out_features), dtype=torch.int8) if quantize else None
     q_scale = x.new_empty(tokens, dtype=torch.float32) if quantize else None
@@ -75,39 +74,33 @@ def linear_add_layer_norm(
     x, values, bias = copyable(x), whole(values), None if bias is None else bias.contiguous()
     positions, t, u, residual = (None if one is None else whole(one) for one in (positions, t, u, residual))
     gamma, beta = _parameter(gamma), _parameter(beta)
-    place = calls.place_of(x)
-    extension.load().wgmma_layer_norm(
-        element=calls.ELEMENTS[x.dtype],
-        pattern=DENSE if positions is None else NM24,
-        tokens=tokens,
-        in_features=in_features,
-        out_features=out_features,
+    product = calls.product(
+        x,
+        values,
+        y,
+        calls.place_of(x),
+        in_features=x.shape[1],
         rank=0 if u is None else u.shape[1],
-        x=x.data_ptr(),
-        # A single row is followed by none.
-        x_stride=x.stride(0) if tokens > 1 else in_features,
-        values=values.data_ptr(),
+        t=t,
+        u=u,
+        bias=bias,
+        residual=residual,
+        x_scale=x_scale,
+        scales=scales,
+        alpha=alpha,
+    )
+    extension.load().wgmma_layer_norm(
+        **product,
+        pattern=DENSE if positions is None else NM24,
         positions=address(positions),
-        t=address(t),
-        u=address(u),
-        bias=address(bias),
-        bias_number=calls.NUMBERS[torch.float32 if bias is None else bias.dtype],
-        residual=address(residual),
-        x_scale=address(x_scale),
-        scale=address(scales),
         gamma=gamma.data_ptr(),
         gamma_number=calls.NUMBERS[gamma.dtype],
         beta=beta.data_ptr(),
         beta_number=calls.NUMBERS[beta.dtype],
         eps=eps,
-        y=y.data_ptr(),
-        y_number=calls.NUMBERS[y.dtype],
         q=address(q),
         q_scale=address(q_scale),
         input_scale=address(input_scale),
-        alpha=alpha,
-        device=place.device,
-        stream=place.stream,
     )
     return y, q, q_scale
 
