@@ -213,10 +213,10 @@ ORDERS = {
     "S2": (("seven", "movement"), (90,)),
     "S3": (("seven", "seven-summed"), (50, 75)),
     "S4": (("seven-signed", "seven"), (50, 75)),
-    "SB1": (("knowledge", "gradual", "magnitude-bitmap"), (95,)),
-    "SB2": (("knowledge", "knowledge-finetuned"), (95,)),
+    "SB1": (("knowledge", "gradual", "magnitude-bitmap"), (75, 95)),
+    "SB2": (("knowledge", "knowledge-finetuned"), (75, 95)),
     "SB3": (("knowledge", "one-layer"), (95,)),
-    "SB4": (("knowledge", "knowledge-no-hidden", "knowledge-no-attention", "knowledge-no-logits"), (95,)),
+    "SB4": (("knowledge", "knowledge-no-hidden", "knowledge-no-attention", "knowledge-no-logits"), (75, 95)),
 }
 
 

@@ -394,7 +394,7 @@ CLAIMS = (
     Claim(
         "SB1",
         "Knowledge-aware pruning, with its teacher, beats gradual magnitude, and this beats one-shot with a held mask",
-        (above("knowledge", "gradual", (95,)), above("gradual", "magnitude-bitmap", (95,))),
+        (above("knowledge", "gradual"), above("gradual", "magnitude-bitmap")),
     ),
     Claim(
         "SB2",
