@@ -487,6 +487,9 @@ def tune(
         str,
         typer.Option(metavar="N,N", help="Token counts (batch times length) to measure at, such as 128,4096."),
     ],
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="As sb.fuse_ runs it: query, key and value as one, LayerNorms with linears.")
+    ] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -497,7 +500,7 @@ def tune(
     _device(device)
     _run(
         context,
-        lambda report: command.tune(model, counts, device=device, report=report),
+        lambda report: command.tune(model, counts, fuse=fuse, device=device, report=report),
         command.render,
         as_json,
     )

@@ -26,10 +26,12 @@ def tune(
     model: str,
     tokens: Sequence[int],
     *,
+    fuse: bool = False,
     device: str | None = None,
     report: Report = lambda done, total, text: None,
 ) -> dict[str, Any]:
-    """Loads the packed ``model`` and measures it (``sparsebert.tune``), which writes the table of measurements."""
+    """Loads the packed ``model`` and measures it (``sparsebert.tune``), ``fuse`` as ``sparsebert.fuse_`` runs it, which
+    writes the table of measurements."""
     import sparsebert
     from sparsebert.bench.environment import device_label
     from sparsebert.cli import models
@@ -40,9 +42,17 @@ def tune(
     if not source.packed:
         raise ValueError(f"{model}: nothing in it is packed, so there is nothing to tune; sparsebert compress first")
     network = models.load(source, device=where).model
+    if fuse:
+        sparsebert.fuse_(network)
     # sparsebert.tune names the device as the table does; a reader also wants the number of threads.
     result = sparsebert.tune(network, list(tokens), progress=report).to_dict()
-    return {"model": model, "device_label": device_label(where), "on_gpu": where.type == "cuda", **result}
+    return {
+        "model": model,
+        "fused": fuse,
+        "device_label": device_label(where),
+        "on_gpu": where.type == "cuda",
+        **result,
+    }
 
 
 def render(result: dict[str, Any]) -> Rendered:

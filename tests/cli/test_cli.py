@@ -1063,6 +1063,18 @@ def test_tune_measures_and_records(packed, tmp_path):
     assert result_of("info")["measurements"]["rows"] == 12
 
 
+def test_tune_measures_a_model_as_it_is_fused(packed):
+    result = result_of("tune", packed, "--tokens", "3", "--fuse", "--device", "cpu")
+    assert result["fused"]
+    # Query, key and value are one.
+    assert {(row["out_features"], row["in_features"]) for row in result["rows"]} == {
+        (96, 32),
+        (32, 32),
+        (64, 32),
+        (32, 64),
+    }
+
+
 def test_tune_refuses_a_dense_model(classifier):
     assert "nothing in it is packed" in error_of("tune", classifier, "--tokens", "8")
 
