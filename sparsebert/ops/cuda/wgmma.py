@@ -196,25 +196,9 @@ def linear(
     # Copies live until the call is launched; after that the stream's order keeps them.
     x, values, bias = copyable(x), whole(values), None if bias is None else bias.contiguous()
     positions, t, u, residual = (None if one is None else whole(one) for one in (positions, t, u, residual))
-    product = calls.product(
-        x,
-        values,
-        y,
-        calls.place_of(x),
-        in_features=x.shape[1],
-        rank=0 if u is None else u.shape[1],
-        t=t,
-        u=u,
-        bias=bias,
-        residual=residual,
-        x_scale=x_scale,
-        scales=scales,
-        alpha=alpha,
-    )
+    tensors = {"t": t, "u": u, "bias": bias, "residual": residual, "x_scale": x_scale, "scales": scales}
     extension.load().wgmma_linear(
-        **product,
-        pattern=DENSE if positions is None else NM24,
-        positions=address(positions),
+        **product(x, values, positions, y, alpha=alpha, **tensors),
         parts=parts,
         tile=config.tile,
         sharing=config.sharing,
@@ -224,6 +208,16 @@ def linear(
         activation=calls.ACTIVATIONS[activation],
     )
     return y
+
+
+def product(
+    x: Tensor, values: Tensor, positions: Tensor | None, y: Tensor, *, u: Tensor | None, **more: Any
+) -> dict[str, Any]:
+    """The keywords that the calls of all kernels of this folder have; ``more`` as ``calls.product`` takes it."""
+    rank = 0 if u is None else u.shape[1]
+    place = calls.place_of(x)
+    keywords = calls.product(x, values, y, place, in_features=x.shape[1], rank=rank, u=u, **more)
+    return keywords | {"pattern": DENSE if positions is None else NM24, "positions": address(positions)}
 
 
 def copyable(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsebert.ops.cuda import calls, extension, wgmma
 from sparsebert.ops.cuda.calls import address
-from sparsebert.ops.cuda.wgmma import DENSE, NM24, copyable, whole
+from sparsebert.ops.cuda.wgmma import copyable, whole
 from sparsebert.ops.select import Problem
 
 # Of features: a block of a cluster has so many of each row, and a cluster eight blocks at most.
@@ -74,25 +74,9 @@ def linear_add_layer_norm(
     x, values, bias = copyable(x), whole(values), None if bias is None else bias.contiguous()
     positions, t, u, residual = (None if one is None else whole(one) for one in (positions, t, u, residual))
     gamma, beta = _parameter(gamma), _parameter(beta)
-    product = calls.product(
-        x,
-        values,
-        y,
-        calls.place_of(x),
-        in_features=x.shape[1],
-        rank=0 if u is None else u.shape[1],
-        t=t,
-        u=u,
-        bias=bias,
-        residual=residual,
-        x_scale=x_scale,
-        scales=scales,
-        alpha=alpha,
-    )
+    tensors = {"t": t, "u": u, "bias": bias, "residual": residual, "x_scale": x_scale, "scales": scales}
     extension.load().wgmma_layer_norm(
-        **product,
-        pattern=DENSE if positions is None else NM24,
-        positions=address(positions),
+        **wgmma.product(x, values, positions, y, alpha=alpha, **tensors),
         gamma=gamma.data_ptr(),
         gamma_number=calls.NUMBERS[gamma.dtype],
         beta=beta.data_ptr(),
